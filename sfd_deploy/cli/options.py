@@ -1,0 +1,48 @@
+"""Options that several commands share, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+Command = Callable[..., Any]
+
+run_argument = click.argument("run", required=False)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), default=None, help="CPU threads of PyTorch; left out, its own choice."
+)
+
+
+def use_threads(threads: int | None) -> None:
+    """Limit PyTorch's CPU threads."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def show(value: Any, as_json: bool, people: Callable[[Console], None]) -> None:
+    """Print ``value`` as one JSON document, or let ``people`` print it for a person."""
+    if as_json:
+        click.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        people(Console())
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A rich table; the first column is left-aligned, the others right-aligned."""
+    drawn = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn

@@ -1,0 +1,106 @@
+"""Stage configurations: YAML to a frozen, closed model, with the nearest valid key in each error.
+
+A config is named by a preset (``fashion-mnist``) or a file path. Unknown, missing and mistyped keys
+are one-line ``ConfigError``s.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sfd_deploy.errors import ConfigError
+
+PRESETS = "sfd_deploy.presets"
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's config: frozen, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, arbitrary_types_allowed=True)
+
+    def resolved(self) -> dict[str, Any]:
+        """The config as plain JSON values, as manifests record it."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_mapping(cls, values: Any, source: str) -> Self:
+        """Build from parsed YAML.
+
+        Raises:
+            ConfigError: naming the key and, for an unknown one, the nearest valid key.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: expected a mapping of keys", "write `key: value` lines")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _one_line(cls, error, source) from None
+
+    @classmethod
+    def load(cls, name_or_file: str, stage: str) -> Self:
+        """Load a preset by name or a YAML file by path; ``stage`` is the preset's folder."""
+        text, source = read_named(name_or_file, stage)
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            where = getattr(error, "problem_mark", None)
+            line = f" line {where.line + 1}" if where is not None else ""
+            raise ConfigError(f"{source}:{line} is not valid YAML", "mend the syntax there") from None
+        return cls.from_mapping(values, source)
+
+
+def preset_names(stage: str) -> list[str]:
+    """Names of the presets shipped for a stage."""
+    folder = resources.files(PRESETS) / stage
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_named(name_or_file: str, stage: str) -> tuple[str, str]:
+    """Text and display name of a preset or a file."""
+    if name_or_file in preset_names(stage):
+        item = resources.files(PRESETS) / stage / f"{name_or_file}.yaml"
+        return item.read_text(encoding="utf-8"), f"preset {name_or_file}"
+    path = Path(name_or_file)
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (FileNotFoundError, NotADirectoryError):
+        known = preset_names(stage)
+        near = difflib.get_close_matches(name_or_file, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"presets: {', '.join(known)}"
+        raise ConfigError(f"{name_or_file}: no such file or preset", hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({_reason(error)})", "give a readable YAML file") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        mend = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(sorted(known))}"
+        return ConfigError(f"{source}: unknown key `{path}`", mend)
+    if first["type"] == "missing":
+        return ConfigError(f"{source}: key `{path}` is missing", f"add `{path}`")
+    message = first["msg"].removeprefix("Value error, ")
+    where = f"`{path}`: " if path else ""
+    return ConfigError(f"{source}: {where}{message}", f"found {first['input']!r}"[:160])
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)

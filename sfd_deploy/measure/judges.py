@@ -1,0 +1,165 @@
+"""Judges: classifiers that name what was drawn, with their own error on real images.
+
+A judge is a sealed folder: ``judge.safetensors`` (weights), ``held_out.safetensors`` (labels and
+predictions on held-out real images), ``reference.safetensors`` (per-class mean and covariance of
+its features on those images), and a manifest whose facts are the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sfd_deploy.config import StageConfig
+from sfd_deploy.errors import LabelError
+from sfd_deploy.manifest import Sealed, verify
+from sfd_deploy.runtime.seam import Images
+
+WEIGHTS, HELD_OUT, REFERENCE = "judge.safetensors", "held_out.safetensors", "reference.safetensors"
+
+
+class ClassifierConfig(StageConfig):
+    """Which classifier; the two architectures share no building block, so that their errors differ."""
+
+    architecture: Literal["plain", "residual"] = Field(
+        description="plain: convolution, BatchNorm, ReLU, max-pooling; residual: diffusers' VAE encoder (GroupNorm, SiLU)"
+    )
+    channels: int = Field(ge=1, le=4)
+    widths: tuple[int, ...] = Field(min_length=1, description="channels per resolution level")
+
+    def build(self, num_classes: int) -> Classifier:
+        """A randomly initialised classifier."""
+        build = {"plain": _plain_body, "residual": _residual_body}[self.architecture]
+        return Classifier(build(self.channels, self.widths), self.widths[-1], num_classes)
+
+
+class Classifier(nn.Module):
+    """A convolutional body, global average pooling, one linear layer."""
+
+    def __init__(self, body: nn.Module, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(width, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (B, F) of images (B, C, H, W) in [-1, 1]."""
+        return cast(Tensor, self.body(images)).mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return cast(Tensor, self.head(self.features(images)))
+
+
+def _plain_body(channels: int, widths: tuple[int, ...]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for level, width in enumerate(widths):
+        layers += [nn.MaxPool2d(2)] if level else []
+        for source in (channels, width):
+            layers += [nn.Conv2d(source, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers)
+
+
+def _residual_body(channels: int, widths: tuple[int, ...]) -> nn.Module:
+    from diffusers.models.autoencoders.vae import Encoder
+
+    return Encoder(
+        in_channels=channels, out_channels=widths[-1], down_block_types=("DownEncoderBlock2D",) * len(widths),
+        block_out_channels=widths, layers_per_block=1, norm_num_groups=8, double_z=False, mid_block_add_attention=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A classifier opened from a verified folder."""
+
+    name: str
+    digest: str
+    class_names: tuple[str, ...]
+    classifier: Classifier
+    reference: FeatureStatistics
+    held_out: NDArray[np.int64]  # (2, N): true labels, predictions
+    accuracy: float
+
+    @torch.inference_mode()
+    def look(self, images: Images, batch: int = 256) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Predicted labels (N,) and features (N, F) of images (N, C, H, W) in [-1, 1]."""
+        labels, features = [], []
+        for part in torch.from_numpy(images).clamp(-1, 1).split(batch):
+            found = self.classifier.features(part)
+            features.append(found)
+            labels.append(self.classifier.head(found).argmax(1))
+        return torch.cat(labels).numpy(), torch.cat(features).numpy()
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Per-class mean (K, F) and covariance (K, F, F) of a judge's features on real images."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+    def pooled(self, labels: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean (F,) and covariance (F, F) of the equal mixture of ``labels``."""
+        rows = list(labels)
+        mean = self.mean[rows].mean(0)
+        centred = self.mean[rows] - mean
+        between = np.einsum("ki,kj->ij", centred, centred) / len(rows)
+        return mean, self.covariance[rows].mean(0) + between
+
+
+def open_judge(folder: Path) -> Judge:
+    """Open a judge folder after verifying its digests.
+
+    Raises:
+        ManifestError, DigestError: the folder is incomplete or was changed.
+    """
+    return load_judge(verify(folder, "judge"))
+
+
+def load_judge(sealed: Sealed) -> Judge:
+    """Build the classifier of a verified judge folder."""
+    class_names = tuple(sealed.facts["class_names"])
+    classifier = ClassifierConfig.from_mapping(sealed.facts["classifier"], str(sealed.folder)).build(len(class_names))
+    classifier.load_state_dict(load_file(sealed.folder / WEIGHTS))
+    held_out = load_file(sealed.folder / HELD_OUT)
+    statistics = load_file(sealed.folder / REFERENCE)
+    pair = np.stack([held_out["labels"].numpy(), held_out["predictions"].numpy()]).astype(np.int64)
+    return Judge(
+        name=sealed.name,
+        digest=sealed.digest,
+        class_names=class_names,
+        classifier=classifier.eval().requires_grad_(False),
+        reference=FeatureStatistics(statistics["mean"].double().numpy(), statistics["covariance"].double().numpy()),
+        held_out=pair,
+        accuracy=float((pair[0] == pair[1]).mean()),
+    )
+
+
+def require_same_classes(judges: Sequence[Judge], class_names: Sequence[str], owner: str) -> None:
+    """Refuse judges that name other classes than the model they judge.
+
+    Raises:
+        LabelError: naming the judge.
+    """
+    for judge in judges:
+        if tuple(judge.class_names) != tuple(class_names):
+            raise LabelError(f"judge {judge.name} knows other classes than {owner}", "give judges trained on its classes")
+
+
+def either_matrix(judges: Sequence[Judge]) -> NDArray[np.float64]:
+    """Share (K, K) of real held-out images of class i that at least one judge calls class j."""
+    truth = judges[0].held_out[0]
+    classes = len(judges[0].class_names)
+    called = np.zeros((len(truth), classes), bool)
+    for judge in judges:
+        called[np.arange(len(truth)), judge.held_out[1]] = True
+    return np.stack([called[truth == label].mean(0) for label in range(classes)])

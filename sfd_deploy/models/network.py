@@ -1,0 +1,76 @@
+"""Which stock diffusers network, as a config; and the exponential moving average of one."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from sfd_deploy.config import StageConfig
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+
+class NetworkConfig(StageConfig):
+    """Shape of a class-conditional ``diffusers.UNet2DModel``."""
+
+    image_size: int = Field(ge=8, description="height and width in pixels")
+    channels: int = Field(ge=1, le=4, description="image channels")
+    block_channels: tuple[int, ...] = Field(min_length=1, description="channels per resolution level")
+    layers_per_block: int = Field(1, ge=1, description="residual layers per level")
+    attention_levels: tuple[int, ...] = Field((), description="levels (0 = full resolution) with self-attention")
+    middle_attention: bool = Field(False, description="self-attention in the middle block")
+    norm_groups: int = Field(8, ge=1, description="groups of every GroupNorm; divides each entry of block_channels")
+
+    @field_validator("block_channels")
+    @classmethod
+    def levels_must_fit(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(channels < 1 for channels in value):
+            raise ValueError("channels must be positive")
+        return value
+
+    def build(self, num_classes: int) -> UNet2DModel:
+        """A randomly initialised network for ``num_classes`` labels, in channels-last memory format."""
+        from diffusers import UNet2DModel
+
+        kinds = ["AttnDownBlock2D" if i in self.attention_levels else "DownBlock2D"
+                 for i in range(len(self.block_channels))]  # fmt: skip
+        ups = [kind.replace("Down", "Up") for kind in reversed(kinds)]
+        unet = UNet2DModel(
+            sample_size=self.image_size,
+            in_channels=self.channels,
+            out_channels=self.channels,
+            block_out_channels=self.block_channels,
+            layers_per_block=self.layers_per_block,
+            down_block_types=tuple(kinds),
+            up_block_types=tuple(ups),
+            add_attention=self.middle_attention,
+            norm_num_groups=self.norm_groups,
+            num_class_embeds=num_classes,
+        )
+        return unet.to(memory_format=torch.channels_last)
+
+
+class Ema:
+    """Exponential moving average of a network's parameters, with the ramp min(decay, (1 + k) / (10 + k))."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, source: nn.Module, step: int) -> None:
+        """Move towards ``source`` after optimiser step number ``step`` (from 0)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        ours, theirs = list(self.network.parameters()), list(source.parameters())
+        torch._foreach_lerp_(ours, theirs, weight)
+
+
+def quiet_diffusers() -> None:
+    """Silence diffusers' import-time deprecation notes, which are about its own code, not the user's."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")

@@ -1,0 +1,170 @@
+"""Run folders: where each stage's sealed folder lies, and how one is written whole or not at all.
+
+```
+runs/NAME/generator/            plain diffusers folder
+runs/NAME/artefacts/<name>/     compiled: model.onnx or model.plan
+runs/NAME/reference/            teacher samples that audits compare with
+runs/NAME/audit/                audit.json, report.html
+runs/NAME/repository/           Triton model repository
+runs/NAME/work/                 checkpoints and logs; not sealed, safe to delete once the run is done
+```
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfd_deploy.errors import ManifestError, RunError
+from sfd_deploy.manifest import MANIFEST, Kind, Parent, Sealed, verify, write_manifest
+
+RUNS = Path("runs")
+
+
+@contextmanager
+def sealed_folder(
+    target: Path, kind: Kind, *, parents: tuple[Parent, ...] = (), config: Mapping[str, Any] | None = None,
+    seed: int | None = None, facts: Mapping[str, Any] | None = None,
+) -> Iterator[Path]:  # fmt: skip
+    """Yield a temporary folder that becomes ``target``, manifest included, when the block succeeds.
+
+    ``facts`` may be a dict that the block still fills. An earlier ``target`` is replaced at the end.
+
+    Raises:
+        RunError: no permission or space; nothing is left behind.
+    """
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        write_manifest(temporary, kind, target.name, parents=parents, config=config or {}, seed=seed, facts=facts or {})
+        _publish(temporary, target)
+    except OSError as error:
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}:
+            raise RunError(
+                f"{target}: cannot be written ({os.strerror(error.errno)})", "free space or choose a writable folder"
+            ) from None
+        raise
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    for path in [*temporary.rglob("*"), temporary]:
+        _fsync(path)
+    if target.exists():
+        if not (target / MANIFEST).is_file() and any(target.iterdir()):
+            raise RunError(f"{target}: exists and is not one of ours", "choose another folder or remove it")
+        retired = temporary.with_suffix(".old")
+        os.rename(target, retired)
+        os.rename(temporary, target)
+        shutil.rmtree(retired)
+    else:
+        os.rename(temporary, target)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: temporary name, fsync, rename. NaN is refused."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=1, ensure_ascii=False, allow_nan=False)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+
+    @classmethod
+    def named(cls, name_or_path: str | None) -> Run:
+        """An existing run by path, by name under ``runs/``, or, with None, the latest.
+
+        Raises:
+            RunError: there is none.
+        """
+        if name_or_path is None:
+            return cls.latest()
+        for folder in (Path(name_or_path), RUNS / name_or_path):
+            if (folder / "generator" / MANIFEST).is_file():
+                return cls(folder)
+        raise RunError(f"{name_or_path}: no such run", "give a run folder, or make one with `sfd-deploy train`")
+
+    @classmethod
+    def latest(cls) -> Run:
+        """The run below ``runs/`` whose generator was sealed last."""
+        manifests = list(RUNS.glob(f"*/generator/{MANIFEST}"))
+        if not manifests:
+            raise RunError(f"{RUNS}/: no finished run", "make one with `sfd-deploy train`")
+        return cls(max(manifests, key=lambda path: path.stat().st_mtime_ns).parent.parent)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def work(self) -> Path:
+        """Checkpoints and logs."""
+        return self.folder / "work"
+
+    def generator(self) -> Sealed:
+        """The verified generator folder."""
+        return verify(self.folder / "generator", "generator")
+
+    def artefact(self, name: str) -> Sealed:
+        """One verified artefact.
+
+        Raises:
+            RunError: it was not exported.
+        """
+        folder = self.folder / "artefacts" / name
+        if not folder.is_dir():
+            known = ", ".join(self.artefact_names()) or "none"
+            raise RunError(f"{folder}: no such artefact", f"exported: {known}; see `sfd-deploy export --help`")
+        return verify(folder, "artefact")
+
+    def artefact_names(self) -> list[str]:
+        """Names of what was exported, sorted."""
+        return sorted(path.parent.name for path in (self.folder / "artefacts").glob(f"*/{MANIFEST}"))
+
+    def artefacts(self) -> list[Sealed]:
+        """All verified artefacts, sorted by name."""
+        return [self.artefact(name) for name in self.artefact_names()]
+
+    def audit(self) -> Sealed:
+        """The verified latest audit.
+
+        Raises:
+            RunError: the run was not audited.
+        """
+        try:
+            return verify(self.folder / "audit", "audit")
+        except ManifestError as error:
+            if (self.folder / "audit").exists():
+                raise
+            raise RunError(f"{self.folder}: no audit", "run `sfd-deploy audit` first") from error

@@ -1,0 +1,122 @@
+"""Labelled images from IDX files or a folder of class sub-folders, as tensors in [-1, 1].
+
+Only teachers and judges read data; score forgetting distillation reads none.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from sfd_deploy.errors import DataError
+
+IDX_IMAGES, IDX_LABELS = 0x803, 0x801
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images uint8 (N, C, H, W), labels int64 (N,), and the class names in label order."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images float32 in [-1, 1] (B, C, H, W) and labels int64 (B,) at ``rows``."""
+        index = rows.numpy()
+        images = torch.from_numpy(self.images[index]).to(torch.float32) / 127.5 - 1.0
+        return images, torch.from_numpy(self.labels[index])
+
+
+def load_images(source: Path, split: str, class_names: tuple[str, ...] = ()) -> LabelledImages:
+    """Read ``split`` ("train" or "test") of a data set.
+
+    ``source`` holds the four IDX files (``train-images-idx3-ubyte[.gz]``, ``t10k-…``), or
+    ``source/<split>/<class name>/*.png``, or class sub-folders alone, of which every tenth image
+    (by name) is the test split.
+
+    Raises:
+        DataError: naming the missing, truncated or contradictory file.
+    """
+    if not source.is_dir():
+        raise DataError(f"{source}: no such data folder", "point `data` or SFD_DEPLOY_DATA at IDX files or class folders")
+    prefix = {"train": "train", "test": "t10k"}[split]
+    if (images_file := _idx_file(source, f"{prefix}-images-idx3-ubyte")) is not None:
+        labels_file = _idx_file(source, f"{prefix}-labels-idx1-ubyte")
+        if labels_file is None:
+            raise DataError(f"{source}: {prefix}-labels-idx1-ubyte is missing", "add the label file beside the images")
+        return _read_idx(images_file, labels_file, class_names)
+    return _read_folders(source, split)
+
+
+def _idx_file(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+
+
+def _read_idx(images_file: Path, labels_file: Path, class_names: tuple[str, ...]) -> LabelledImages:
+    images = _idx_array(images_file, IDX_IMAGES, dimensions=3)[:, None]
+    labels = _idx_array(labels_file, IDX_LABELS, dimensions=1).astype(np.int64)
+    if len(images) != len(labels):
+        raise DataError(f"{images_file}: {len(images)} images but {len(labels)} labels", "use files of one split")
+    names = class_names or tuple(str(label) for label in range(int(labels.max()) + 1))
+    if int(labels.max()) >= len(names):
+        raise DataError(f"{labels_file}: label {labels.max()} but {len(names)} class names", "name every class")
+    return LabelledImages(images, labels, names)
+
+
+def _idx_array(path: Path, magic: int, dimensions: int) -> NDArray[np.uint8]:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error):
+        raise DataError(f"{path}: unreadable or truncated", "fetch the file again") from None
+    header = 4 + 4 * dimensions
+    if len(raw) < header or struct.unpack(">i", raw[:4])[0] != magic:
+        raise DataError(f"{path}: not an IDX file of magic {magic:#x}", "give the original IDX file")
+    shape = struct.unpack(f">{dimensions}i", raw[4:header])
+    if len(raw) - header != int(np.prod(shape)):
+        raise DataError(f"{path}: {len(raw) - header} bytes of data, its header says {shape}", "fetch the file again")
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _read_folders(source: Path, split: str) -> LabelledImages:
+    has_splits = (source / split).is_dir()
+    root = source / split if has_splits else source
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    if not folders:
+        raise DataError(f"{root}: neither IDX files nor class sub-folders", "lay images out as <class name>/<image>.png")
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        if not has_splits:
+            files = [path for i, path in enumerate(files) if (i % 10 == 9) == (split == "test")]
+        if not files:
+            raise DataError(f"{folder}: no images for the {split} split", "put images there")
+        for path in files:
+            images.append(_read_image(path))
+            if images[-1].shape != images[0].shape:
+                raise DataError(f"{path}: shape {images[-1].shape}, others {images[0].shape}", "resize to one shape")
+            labels.append(label)
+    return LabelledImages(np.stack(images), np.array(labels, np.int64), tuple(folder.name for folder in folders))
+
+
+def _read_image(path: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L" if image.mode in {"L", "1", "I;16"} else "RGB"))
+    except (OSError, UnidentifiedImageError):
+        raise DataError(f"{path}: not a readable image", "replace or remove the file") from None
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,0 +1,144 @@
+"""Train a judge: a classifier of real images, sealed with its errors and feature statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sfd_deploy.config import StageConfig
+from sfd_deploy.errors import LimitError
+from sfd_deploy.manifest import Sealed, verify
+from sfd_deploy.measure.judges import HELD_OUT, REFERENCE, WEIGHTS, Classifier, ClassifierConfig
+from sfd_deploy.progress import LOGGER, progress_bar
+from sfd_deploy.runs import sealed_folder
+from sfd_deploy.training.checkpoint import Checkpoint
+from sfd_deploy.training.data import LabelledImages
+from sfd_deploy.training.streams import stream
+
+CHECKPOINT_EVERY = 500
+
+
+class JudgeConfig(StageConfig):
+    """How a judge is trained."""
+
+    classifier: ClassifierConfig
+    class_names: tuple[str, ...] = Field((), description="names in label order; empty: from the data's folders, or numbers")
+    epochs: int = Field(12, ge=1)
+    batch_size: int = Field(128, ge=1)
+    learning_rate: float = Field(3e-3, gt=0, description="AdamW's peak, one cycle")
+    weight_decay: float = Field(0.02, ge=0)
+    label_smoothing: float = Field(0.05, ge=0, lt=1)
+    shift: int = Field(2, ge=0, description="random shift in pixels, either way")
+    flip: bool = Field(True, description="random horizontal flips")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast of the forward pass while training")
+    min_accuracy: float = Field(0.0, ge=0, le=1, description="on held-out real images; below it the judge is refused")
+    seed: int = Field(0, ge=0)
+
+
+def augment(images: Tensor, config: JudgeConfig, draws: torch.Generator) -> Tensor:
+    """Shift each image by up to ``shift`` pixels (edges padded with -1, black) and flip half of them."""
+    if config.shift:
+        padded = nn.functional.pad(images, [config.shift] * 4, value=-1.0)
+        offsets = torch.randint(2 * config.shift + 1, (2, len(images)), generator=draws)
+        rows = offsets[0][:, None, None] + torch.arange(images.shape[2])[None, :, None]
+        columns = offsets[1][:, None, None] + torch.arange(images.shape[3])[None, None, :]
+        each = torch.arange(len(images))[:, None, None]
+        images = padded[each, :, rows, columns].permute(0, 3, 1, 2)
+    if config.flip:
+        flips = torch.rand(len(images), generator=draws) < 0.5
+        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+    return images
+
+
+def train_judge(
+    config: JudgeConfig, train: LabelledImages, checkpoint_file: Path
+) -> Classifier:
+    """Train to the end, resuming from ``checkpoint_file`` if it is there."""
+    torch.manual_seed(config.seed)
+    classifier = config.classifier.build(len(train.class_names))
+    steps_per_epoch = max(1, len(train) // config.batch_size)
+    total = config.epochs * steps_per_epoch
+    optimiser = torch.optim.AdamW(
+        classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    checkpoint = Checkpoint(checkpoint_file, {"net": classifier}, {"adam": optimiser}, config.resolved())
+    step, _ = checkpoint.restore()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total, cycle_momentum=False)
+    for _ in range(step):
+        schedule.step()
+    loss_of = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    classifier.train()
+    with progress_bar("judge", total, step) as advance:
+        while step < total:
+            order = torch.randperm(len(train), generator=stream(config.seed, "judge-epoch", step // steps_per_epoch))
+            rows = order[(step % steps_per_epoch) * config.batch_size :][: config.batch_size]
+            images, labels = train.batch(rows)
+            images = augment(images, config, stream(config.seed, "judge", step))
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+                logits = classifier(images)
+            loss = loss_of(logits.float(), labels)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            step += 1
+            advance(1, f"loss {loss.item():.3f}")
+            if step % CHECKPOINT_EVERY == 0 or step == total:
+                checkpoint.save(step, {})
+                LOGGER.info("judge step %d of %d loss %.4f", step, total, loss.item())
+    return classifier.eval()
+
+
+def seal_judge(
+    config: JudgeConfig, classifier: Classifier, held_out: LabelledImages, target: Path, data_name: str
+) -> Sealed:
+    """Measure a trained judge on held-out real images and seal it.
+
+    Raises:
+        LimitError: its accuracy is below ``config.min_accuracy``.
+    """
+    predictions, features = _look(classifier, held_out)
+    accuracy = float((predictions == held_out.labels).mean())
+    if accuracy < config.min_accuracy:
+        raise LimitError(
+            f"judge accuracy is {accuracy:.4f}, the config wants {config.min_accuracy}", "train longer or wider"
+        )
+    classes = range(len(held_out.class_names))
+    confusion = [[int(((held_out.labels == i) & (predictions == j)).sum()) for j in classes] for i in classes]
+    by_class = [features[held_out.labels == label].astype(np.float64) for label in classes]
+    facts = {
+        "class_names": list(held_out.class_names),
+        "classifier": config.classifier.resolved(),
+        "data": data_name,
+        "held_out_images": len(held_out),
+        "accuracy": accuracy,
+        "confusion": confusion,
+        "features": int(features.shape[1]),
+    }
+    with sealed_folder(target, "judge", config=config.resolved(), seed=config.seed, facts=facts) as folder:
+        save_file(classifier.state_dict(), folder / WEIGHTS)
+        pair = {"labels": held_out.labels.astype(np.int16), "predictions": predictions.astype(np.int16)}
+        save_file({key: torch.from_numpy(value) for key, value in pair.items()}, folder / HELD_OUT)
+        statistics = {
+            "mean": torch.from_numpy(np.stack([rows.mean(0) for rows in by_class])).float(),
+            "covariance": torch.from_numpy(np.stack([np.cov(rows.T) for rows in by_class])).float(),
+        }
+        save_file(statistics, folder / REFERENCE)
+    return verify(target, "judge")
+
+
+@torch.inference_mode()
+def _look(classifier: Classifier, data: LabelledImages) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    predictions, features = [], []
+    for rows in torch.arange(len(data)).split(256):
+        found = classifier.features(data.batch(rows)[0])
+        features.append(found)
+        predictions.append(classifier.head(found).argmax(1))
+    return torch.cat(predictions).numpy(), torch.cat(features).numpy()
