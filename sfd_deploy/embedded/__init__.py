@@ -1,0 +1,50 @@
+"""Models shipped inside the package: a teacher and two judges for Fashion-MNIST, sealed like any other.
+
+``resolve`` is how every stage turns "a name or a folder" into a verified folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+
+from sfd_deploy.errors import RunError
+from sfd_deploy.manifest import Kind, Sealed, verify
+
+HERE = Path(str(resources.files("sfd_deploy.embedded")))
+
+
+def embedded_names() -> list[str]:
+    """Data sets whose models are shipped."""
+    return sorted(path.name for path in HERE.iterdir() if (path / "teacher").is_dir())
+
+
+def resolve(name_or_folder: str | Path, kind: Kind) -> Sealed:
+    """A verified folder of ``kind``: a path, or for a teacher the name of a shipped data set.
+
+    Raises:
+        RunError: neither exists.
+        ManifestError, DigestError: the folder is not what its manifest says.
+    """
+    if Path(name_or_folder).is_dir():
+        return verify(Path(name_or_folder), kind)
+    shipped = HERE / str(name_or_folder) / kind
+    if kind == "teacher" and shipped.is_dir():
+        return verify(shipped, kind)
+    near = difflib.get_close_matches(str(name_or_folder), embedded_names(), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"give a {kind} folder, or one of: {', '.join(embedded_names())}"
+    raise RunError(f"{name_or_folder}: no such {kind}", hint)
+
+
+def judges_for(class_names: tuple[str, ...]) -> list[Path]:
+    """Folders of the shipped judges that know exactly these classes.
+
+    Raises:
+        RunError: there are none.
+    """
+    for name in embedded_names():
+        folders = sorted((HERE / name).glob("judge-*"))
+        if folders and tuple(verify(folders[0], "judge").facts["class_names"]) == class_names:
+            return folders
+    raise RunError("no shipped judge knows these classes", "train two with `sfd-deploy judge` and name them with --judge")

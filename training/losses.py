@@ -1,0 +1,49 @@
+"""SFD losses as pure functions: tensors in, tensors out; no config, device or logging.
+
+Notation: x generated image; phi teacher, psi fake score; x_phi, x_psi their clean-image
+predictions at the re-noised x. Images are float (B, C, H, W), sigma (B,); every loss is one value
+per row (B,), which the caller weights and adds up.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sfd_deploy.models.denoiser import edm_weight
+
+# Official code, losses.py: keeps omega's division finite where the teacher already agrees.
+OMEGA_FLOOR = 1e-5
+
+
+def score_gap_loss(x: Tensor, x_phi: Tensor, x_psi: Tensor, alpha: float) -> Tensor:
+    """The SiD generator loss before per-sample scaling: sum[(x_phi - x_psi) * ((x_phi - x) - alpha (x_phi - x_psi))].
+
+    At an exact fake score its value is (1 - alpha) times the Fisher divergence: no progress measure.
+    Its gradient is exactly half the divergence's at alpha = 1/2 (SiD, arXiv 2404.04057).
+    """
+    gap, error = (x_phi - x_psi).flatten(1), (x_phi - x).flatten(1)
+    return (gap * (error - alpha * gap)).sum(1)
+
+
+def sid_loss(x: Tensor, x_phi: Tensor, x_psi: Tensor, alpha: float = 1.2) -> Tensor:
+    """Generator loss: ``score_gap_loss / omega`` with omega = mean|x_phi - x| per sample.
+
+    Forget rows (SFD, arXiv 2409.11219): x_phi at the override label, x_psi at the forget label.
+    Gradients reach x directly and through both predictions.
+    """
+    # Detached: omega evens out the scale over sigma; its gradient would change the objective.
+    omega = (x_phi - x).detach().flatten(1).abs().mean(1).clamp_min(OMEGA_FLOOR)
+    return score_gap_loss(x, x_phi, x_psi, alpha) / omega
+
+
+def fake_score_loss(x: Tensor, x_psi: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """Denoising loss that keeps psi at the generator's own distribution: EDM-weighted squared error, summed.
+
+    x is detached: the fake score follows the generator, it does not pull it.
+    """
+    return edm_weight(sigma, sigma_data) * (x_psi - x.detach()).square().flatten(1).sum(1)
+
+
+def gap_energy(x_phi: Tensor, x_psi: Tensor) -> Tensor:
+    """Mean squared score gap per value: estimates the divergence itself, the true measure of progress."""
+    return (x_phi - x_psi).detach().square().flatten(1).mean(1)
