@@ -83,7 +83,8 @@ def _reason(error: Exception) -> str:
 
 
 def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
-    first = error.errors(include_url=False)[0]
+    # A misspelt key also leaves another missing: name the misspelling.
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_at(model, first["loc"][:-1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import FAILED, ManifestError, SfdError
@@ -25,26 +25,37 @@ class EvidenceError(SfdError):
 
 
 class Count(StageConfig):
-    """Hits of n with exact one-sided Clopper-Pearson bounds at the policy's confidence."""
+    """Hits of n with exact one-sided Clopper-Pearson bounds at the policy's confidence.
+
+    ``upper_99`` is the upper bound at 0.99 whatever the policy says, so that records compare.
+    """
 
     hits: int
     n: int
     rate: float
     lower: float
     upper: float
+    upper_99: float
 
 
 class Figures(StageConfig):
     """What was measured on one artefact.
 
     ``forget`` counts images of the forget label that either judge calls the forget label;
-    ``override_error`` the same on images of the override label: the judges' own error.
+    ``override_error`` the same on images of the override label: the judges' own error. With several
+    forget labels both are the worst label's, and ``override_share`` is the one furthest below the
+    teacher's accuracy. Accuracies and shares are the lower of the judges'. ``hit_indices`` says which
+    of the forget cell's images were hits: latents are shared, so two rows compare in pairs.
+    ``psnr_db`` and ``agreement`` are None for a model in PyTorch, which is what others agree with.
     """
 
     forget: Count
+    forget_by_label: dict[int, Count] = Field(min_length=1)
+    hit_indices: dict[int, tuple[int, ...]]
     override_error: Count
     limited_by_judges: bool
     override_share: float
+    override_share_by_label: dict[int, float] = Field(min_length=1)
     retained_accuracy: float
     retained_accuracy_by_label: dict[int, float]
     spread: float
@@ -55,6 +66,19 @@ class Figures(StageConfig):
     agreement: float | None
     images_per_second: float
     speedup_over_teacher: float | None
+
+
+class TeacherFigures(StageConfig):
+    """What was measured on the teacher's reference samples: the yardstick of every row."""
+
+    name: str
+    digest: str
+    retained_accuracy: float
+    accuracy_by_label: dict[int, float]
+    spread_by_label: dict[int, float]
+    frechet: float
+    images_per_second: float
+    network_evaluations: int
 
 
 class ArtefactRecord(StageConfig):
@@ -84,13 +108,34 @@ class AuditRecord(StageConfig):
     plan_digest: str
     plan: dict[str, Any]
     judges: tuple[dict[str, Any], ...]
-    teacher: dict[str, Any]
+    teacher: TeacherFigures
     artefacts: tuple[ArtefactRecord, ...]
     exit_code: int
 
     def row(self, name: str) -> ArtefactRecord | None:
         """The row of one artefact."""
         return next((row for row in self.artefacts if row.name == name), None)
+
+
+def contract_row(row: ArtefactRecord) -> dict[str, Any]:
+    """A row as ``audit --json`` and the demo's summary promise it to machines; None where nothing was measured."""
+    figures = row.figures
+    return {
+        "name": row.name,
+        "runtime": row.runtime,
+        "precision": row.precision,
+        "bytes": row.bytes,
+        "forget": figures and {"hits": figures.forget.hits, "n": figures.forget.n, "upper_99": figures.forget.upper_99},
+        "override_error": figures and {"hits": figures.override_error.hits, "n": figures.override_error.n},
+        "override_share": figures and figures.override_share,
+        "retained_accuracy": figures and figures.retained_accuracy,
+        "spread": figures and figures.spread,
+        "frechet": figures and figures.frechet,
+        "psnr_db": figures and figures.psnr_db,
+        "images_per_second": figures and figures.images_per_second,
+        "speedup_over_teacher": figures and figures.speedup_over_teacher,
+        "verdict": row.verdict,
+    }
 
 
 def read_record(audit: Sealed) -> AuditRecord:
@@ -119,14 +164,17 @@ def require_pass(
     if row is None:
         raise EvidenceError(f"{artefact.name}: not in the audit record", again)
     if row.digest != artefact.digest:
-        raise EvidenceError(f"{artefact.name}: audited with digest {row.digest[:12]}, is now {artefact.digest[:12]}", again)
+        raise EvidenceError(
+            f"{artefact.name}: audited with digest {row.digest[:12]}, is now {artefact.digest[:12]}", again
+        )
     if record.policy_digest != policy_digest:
         raise EvidenceError(
             f"{artefact.name}: audited under policy {record.policy_digest[:12]}, asked for {policy_digest[:12]}", again
         )
     if (row.runtime, row.settings) != (runtime, settings):
         raise EvidenceError(
-            f"{artefact.name}: audited in {row.runtime} with {row.settings}, would be served in {runtime} with {settings}",
+            f"{artefact.name}: audited in {row.runtime} with {row.settings}, "
+            f"would be served in {runtime} with {settings}",
             again,
         )
     if row.verdict != "pass":

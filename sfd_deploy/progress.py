@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sfd_deploy.errors import RunError
+
 LOGGER = logging.getLogger("sfd_deploy")
 
 
@@ -32,9 +34,16 @@ def progress_bar(task: str, total: int, completed: int = 0) -> Iterator[Callable
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Append the package's log records to ``path`` while the block runs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Append the package's log records to ``path`` while the block runs.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})", "choose a writable run folder") from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from sfd_deploy.labels import Labels
 from sfd_deploy.models.denoiser import EdmDenoiser
 from sfd_deploy.models.generator import OneStepGenerator, save_generator
 from sfd_deploy.models.network import NetworkConfig
 from sfd_deploy.runs import Run, sealed_folder
+
+pytest_plugins = ["tests.serving.fixtures"]
+
+# A shared machine makes single examples slow at random; time is never what a test asserts.
+settings.register_profile("untimed", deadline=None, max_examples=50)
+settings.load_profile("untimed")
 
 TINY_LABELS = Labels(class_names=("circle", "square", "star"), forget={1: 2})
 

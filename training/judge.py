@@ -57,6 +57,18 @@ def augment(images: Tensor, config: JudgeConfig, draws: torch.Generator) -> Tens
     return images
 
 
+def one_cycle(peak: float, total: int) -> list[float]:
+    """Learning rate of each of ``total`` steps: torch's OneCycleLR, as a list, so that resuming is an index."""
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(dummy, peak, total, cycle_momentum=False)
+    rates = []
+    for _ in range(total):
+        rates.append(float(schedule.get_last_lr()[0]))
+        dummy.step()
+        schedule.step()
+    return rates
+
+
 def train_judge(
     config: JudgeConfig, train: LabelledImages, checkpoint_file: Path
 ) -> Classifier:
@@ -70,9 +82,7 @@ def train_judge(
     )
     checkpoint = Checkpoint(checkpoint_file, {"net": classifier}, {"adam": optimiser}, config.resolved())
     step, _ = checkpoint.restore()
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total, cycle_momentum=False)
-    for _ in range(step):
-        schedule.step()
+    rates = one_cycle(config.learning_rate, total)
     loss_of = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     classifier.train()
     with progress_bar("judge", total, step) as advance:
@@ -86,8 +96,8 @@ def train_judge(
             loss = loss_of(logits.float(), labels)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            optimiser.param_groups[0]["lr"] = rates[step]
             optimiser.step()
-            schedule.step()
             step += 1
             advance(1, f"loss {loss.item():.3f}")
             if step % CHECKPOINT_EVERY == 0 or step == total:

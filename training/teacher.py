@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import DataError, DivergedError
+from sfd_deploy.labels import Labels
+from sfd_deploy.latents import Latents
+from sfd_deploy.manifest import Sealed, verify
+from sfd_deploy.measure.judges import Judge, require_same_classes
 from sfd_deploy.models.denoiser import EdmDenoiser, edm_weight
+from sfd_deploy.models.generator import image_shape, save_teacher
 from sfd_deploy.models.network import Ema, NetworkConfig
+from sfd_deploy.models.sampler import SamplerConfig
 from sfd_deploy.progress import LOGGER, progress_bar
+from sfd_deploy.runs import sealed_folder
+from sfd_deploy.runtime.pytorch import TeacherRuntime
 from sfd_deploy.training.checkpoint import Checkpoint
 from sfd_deploy.training.data import LabelledImages
 from sfd_deploy.training.streams import stream
@@ -56,7 +66,8 @@ def total_steps(config: TeacherConfig) -> int:
 def teacher_loss(denoiser: EdmDenoiser, images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """EDM loss, one value per image (B,): the weighted squared clean-image error, mean over pixels (eq. 8)."""
     predicted = denoiser(images + sigma.reshape(-1, 1, 1, 1) * noise, sigma, labels)
-    return edm_weight(sigma, denoiser.sigma_data) * (predicted - images).square().flatten(1).mean(1)
+    loss: Tensor = edm_weight(sigma, denoiser.sigma_data) * (predicted - images).square().flatten(1).mean(1)
+    return loss
 
 
 def train_teacher(config: TeacherConfig, data: LabelledImages, checkpoint_file: Path) -> EdmDenoiser:
@@ -75,7 +86,7 @@ def train_teacher(config: TeacherConfig, data: LabelledImages, checkpoint_file: 
     optimiser = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, fused=True)
     checkpoint = Checkpoint(checkpoint_file, {"net": unet, "ema": ema.network}, {"adam": optimiser}, config.resolved())
     step, _ = checkpoint.restore()
-    denoiser = EdmDenoiser(torch.compile(unet) if config.compile else unet, config.sigma_data)  # type: ignore[arg-type]
+    denoiser = EdmDenoiser(torch.compile(unet) if config.compile else unet, config.sigma_data)
     total = total_steps(config)
     with progress_bar("teacher", total, step) as advance:
         while step < total:
@@ -93,7 +104,7 @@ def train_teacher(config: TeacherConfig, data: LabelledImages, checkpoint_file: 
             if step % CHECKPOINT_EVERY == 0 or step == total:
                 checkpoint.save(step, {})
                 LOGGER.info("teacher step %d of %d loss %.4f", step, total, loss.item())
-    return EdmDenoiser(ema.network, config.sigma_data)  # type: ignore[arg-type]
+    return EdmDenoiser(ema.network, config.sigma_data)
 
 
 def _step(config: TeacherConfig, data: LabelledImages, denoiser: EdmDenoiser, step: int) -> Tensor:
@@ -104,3 +115,47 @@ def _step(config: TeacherConfig, data: LabelledImages, denoiser: EdmDenoiser, st
     noise = torch.randn(images.shape, generator=draws)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
         return teacher_loss(denoiser, images, labels, sigma, noise).mean()
+
+
+def label_agreement(denoiser: EdmDenoiser, labels: Labels, judges: Sequence[Judge], per_label: int) -> dict[str, float]:
+    """Share of the teacher's own samples that each judge calls by the label asked for, by the judge's name.
+
+    Drawn on the ``select`` stream, with the sampler's defaults.
+    """
+    runtime = TeacherRuntime(denoiser, SamplerConfig())
+    hits = {judge.name: 0 for judge in judges}
+    with progress_bar("agreement", labels.count) as advance:
+        for label in range(labels.count):
+            wanted = np.full(per_label, label, np.int64)
+            images = runtime.draw(Latents.of_stream("select", 0, label * per_label, per_label), wanted)
+            for judge in judges:
+                hits[judge.name] += int((judge.look(images)[0] == label).sum())
+            advance(1, labels.class_names[label])
+    return {name: count / (labels.count * per_label) for name, count in hits.items()}
+
+
+def seal_teacher(
+    config: TeacherConfig, denoiser: EdmDenoiser, data: LabelledImages, target: Path, *, data_name: str,
+    judges: Sequence[Judge] = (), per_label: int = 100,
+) -> Sealed:  # fmt: skip
+    """Measure a trained teacher with ``judges``, if any, and seal it as a folder that ``train`` opens.
+
+    Raises:
+        LabelError: a judge knows other classes.
+    """
+    labels = Labels(class_names=data.class_names)
+    require_same_classes(judges, data.class_names, "the teacher")
+    facts = {
+        "labels": labels.resolved(),
+        "sigma_data": config.sigma_data,
+        "image_shape": list(image_shape(denoiser.unet)),
+        "sampler": SamplerConfig().resolved(),
+        "data": data_name,
+        "images_seen": total_steps(config) * config.batch_size,
+        "label_agreement": label_agreement(denoiser, labels, judges, per_label),
+        "judge_accuracy_on_real_images": {judge.name: judge.accuracy for judge in judges},
+        "samples_per_label": per_label if judges else 0,
+    }
+    with sealed_folder(target, "teacher", config=config.resolved(), seed=config.seed, facts=facts) as folder:
+        save_teacher(denoiser, folder)
+    return verify(target, "teacher")

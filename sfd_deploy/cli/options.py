@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Command = Callable[..., Any]
 
@@ -16,6 +18,12 @@ run_argument = click.argument("run", required=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="IDX files, or class sub-folders (optionally below train/ and test/).",
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), default=None, help="CPU threads of PyTorch; left out, its own choice."
@@ -42,7 +50,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """A rich table; the first column is left-aligned, the others right-aligned."""
     drawn = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        # Names are never broken: they are what is typed next.
+        drawn.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(Text(cell) for cell in row))  # Text: "[gpu]" is no markup
     return drawn

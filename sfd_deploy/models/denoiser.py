@@ -35,7 +35,8 @@ class EdmDenoiser(nn.Module):
         output = self.unet(noisy * norm.rsqrt(), timestep(sigma.flatten()), class_labels=labels).sample
         skip = self.sigma_data**2 / norm
         scale = sigma * self.sigma_data * norm.rsqrt()
-        return skip * noisy + scale * output.to(torch.float32)
+        clean: Tensor = skip * noisy + scale * output.to(torch.float32)
+        return clean
 
 
 def timestep(sigma: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class OneStepGenerator(nn.Module):
     def unclamped(self, latents: Tensor, labels: Tensor) -> Tensor:
         """The step without the final clamp, as training sees it."""
         sigma = latents.new_full((latents.shape[0],), self.sigma_init)
-        return self.denoiser(latents * self.sigma_init, sigma, labels)
+        clean: Tensor = self.denoiser(latents * self.sigma_init, sigma, labels)
+        return clean
 
     def forward(self, latents: Tensor, class_labels: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1]."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
-from pydantic import Field, field_validator
-from torch import nn
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
 
 from sfd_deploy.config import StageConfig
 
@@ -25,6 +24,8 @@ class NetworkConfig(StageConfig):
     layers_per_block: int = Field(1, ge=1, description="residual layers per level")
     attention_levels: tuple[int, ...] = Field((), description="levels (0 = full resolution) with self-attention")
     middle_attention: bool = Field(False, description="self-attention in the middle block")
+    head_channels: int = Field(32, ge=1, description="channels per attention head")
+    time_scale_shift: bool = Field(False, description="condition by scale and shift of each GroupNorm, not a bias alone")
     norm_groups: int = Field(8, ge=1, description="groups of every GroupNorm; divides each entry of block_channels")
 
     @field_validator("block_channels")
@@ -33,6 +34,16 @@ class NetworkConfig(StageConfig):
         if any(channels < 1 for channels in value):
             raise ValueError("channels must be positive")
         return value
+
+    @model_validator(mode="after")
+    def heads_must_fit(self) -> Self:
+        levels = {*self.attention_levels, *([len(self.block_channels) - 1] if self.middle_attention else [])}
+        for level in sorted(levels):
+            if level >= len(self.block_channels):
+                raise ValueError(f"attention level {level}, but the network has {len(self.block_channels)} levels")
+            if self.block_channels[level] % self.head_channels:
+                raise ValueError(f"head_channels {self.head_channels} do not divide {self.block_channels[level]} channels")
+        return self
 
     def build(self, num_classes: int) -> UNet2DModel:
         """A randomly initialised network for ``num_classes`` labels, in channels-last memory format."""
@@ -50,6 +61,8 @@ class NetworkConfig(StageConfig):
             down_block_types=tuple(kinds),
             up_block_types=tuple(ups),
             add_attention=self.middle_attention,
+            attention_head_dim=self.head_channels,
+            resnet_time_scale_shift="scale_shift" if self.time_scale_shift else "default",
             norm_num_groups=self.norm_groups,
             num_class_embeds=num_classes,
         )
@@ -67,10 +80,6 @@ class Ema:
     def update(self, source: nn.Module, step: int) -> None:
         """Move towards ``source`` after optimiser step number ``step`` (from 0)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        ours, theirs = list(self.network.parameters()), list(source.parameters())
+        ours: list[Tensor] = list(self.network.parameters())
+        theirs: list[Tensor] = list(source.parameters())
         torch._foreach_lerp_(ours, theirs, weight)
-
-
-def quiet_diffusers() -> None:
-    """Silence diffusers' import-time deprecation notes, which are about its own code, not the user's."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")

@@ -11,6 +11,9 @@ from sfd_deploy.config import StageConfig
 from sfd_deploy.models.denoiser import karras_sigma
 
 
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class SamplerConfig(StageConfig):
     """Steps and noise range of the Heun sampler."""
 
@@ -25,14 +28,14 @@ class SamplerConfig(StageConfig):
 
 
 @torch.no_grad()
-def heun(denoise: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Tensor, labels: Tensor, config: SamplerConfig) -> Tensor:
+def heun(denoise: Denoise, latents: Tensor, labels: Tensor, config: SamplerConfig) -> Tensor:
     """Images (B, C, H, W), clamped to [-1, 1], from standard-normal ``latents`` of that shape."""
     grid = karras_sigma(torch.linspace(1, 0, config.steps, dtype=torch.float64), config.sigma_min, config.sigma_max)
     sigmas = [*grid.tolist(), 0.0]
-    noisy = latents * sigmas[0]
+    noisy: Tensor = latents * sigmas[0]
     for now, then in zip(sigmas, sigmas[1:], strict=False):
-        slope = (noisy - denoise(noisy, _level(now, labels), labels)) / now
-        euler = noisy + (then - now) * slope
+        slope: Tensor = (noisy - denoise(noisy, _level(now, labels), labels)) / now
+        euler: Tensor = noisy + (then - now) * slope
         if then == 0:
             return euler.clamp(-1, 1)
         corrected = (euler - denoise(euler, _level(then, labels), labels)) / then

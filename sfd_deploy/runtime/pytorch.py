@@ -30,7 +30,8 @@ class GeneratorRuntime:
     @torch.inference_mode()
     def draw(self, latents: Latents, labels: NDArray[np.int64]) -> Images:
         noise = torch.from_numpy(latents.array(self.image_shape)).to(self.device)
-        return self.generator(noise, torch.from_numpy(labels).to(self.device)).cpu().numpy()  # type: ignore[no-any-return]
+        images: torch.Tensor = self.generator(noise, torch.from_numpy(labels).to(self.device))
+        return images.cpu().numpy()
 
     def close(self) -> None:
         """Nothing to release."""
@@ -52,7 +53,7 @@ class TeacherRuntime:
     def draw(self, latents: Latents, labels: NDArray[np.int64]) -> Images:
         noise = torch.from_numpy(latents.array(self.image_shape)).to(self.device)
         images = heun(self.denoiser, noise, torch.from_numpy(labels).to(self.device), self.sampler)
-        return images.cpu().numpy()  # type: ignore[no-any-return]
+        return images.cpu().numpy()
 
     def close(self) -> None:
         """Nothing to release."""

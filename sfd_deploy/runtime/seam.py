@@ -5,7 +5,6 @@ Audit, bench, precision choice and serving checks are written against ``Runtime`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,18 +16,22 @@ Images = NDArray[np.float32]  # (B, C, H, W) in [-1, 1]
 
 
 class Runtime(Protocol):
-    """Anything that draws.
+    """Anything that draws."""
 
-    Attributes:
-        name: pytorch, onnxruntime, trt, trt-rtx or triton.
-        settings: what shapes its numbers and speed (provider, threads, arithmetic); recorded in
-            audits, and serving must use the same.
-        image_shape: (C, H, W) of both latents and images.
-    """
+    @property
+    def name(self) -> str:
+        """pytorch, onnxruntime, trt, trt-rtx or triton."""
+        ...
 
-    name: str
-    settings: Mapping[str, Any]
-    image_shape: tuple[int, int, int]
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What shapes its numbers and speed (provider, threads, arithmetic); serving must use what was audited."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of both latents and images."""
+        ...
 
     def draw(self, latents: Latents, labels: NDArray[np.int64]) -> Images:
         """Images (B, C, H, W) float32 in [-1, 1] for ``latents`` and ``labels`` (B,)."""
@@ -53,4 +56,5 @@ def draw_all(runtime: Runtime, latents: Latents, labels: NDArray[np.int64], batc
 
 def to_uint8(images: Images) -> NDArray[np.uint8]:
     """Images in [-1, 1] to 0..255, rounded half to even; what a server returns."""
-    return np.rint((images + np.float32(1.0)) * np.float32(127.5)).clip(0, 255).astype(np.uint8)
+    scaled: NDArray[np.uint8] = np.rint((images + np.float32(1.0)) * np.float32(127.5)).clip(0, 255).astype(np.uint8)
+    return scaled

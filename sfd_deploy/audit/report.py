@@ -1,0 +1,145 @@
+"""The audit report: one self-contained HTML file, pictures inside, no script, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from PIL import Image
+
+from sfd_deploy.errors import FAILED, INCONCLUSIVE, OK
+from sfd_deploy.evidence import ArtefactRecord, AuditRecord
+from sfd_deploy.labels import Labels
+from sfd_deploy.manifest import host_facts, tool_versions
+from sfd_deploy.measure.rates import allowed_hits
+from sfd_deploy.pictures import grid, png_bytes
+from sfd_deploy.policy.plan import Policy
+from sfd_deploy.policy.verdict import override_floor, retained_floor, shortfalls
+from sfd_deploy.runtime.seam import Images, to_uint8
+
+# Row name → label → its first few images (n, C, H, W); rows without pictures could not run.
+Pictures = dict[str, dict[int, Images]]
+YARDSTICK = "teacher (reference)"
+LABELS_SHOWN = 12
+PIXELS_SHOWN = 64
+
+OUTCOMES = {
+    OK: ("pass", "Every audited artefact passed."),
+    FAILED: ("fail", "At least one audited artefact failed."),
+    INCONCLUSIVE: ("inconclusive", "Not proved: an artefact was inconclusive or could not be run here."),
+}
+
+
+def render(record: AuditRecord, pictures: Pictures) -> str:
+    """The whole page as HTML text."""
+    labels = Labels.from_mapping(record.plan["labels"], "the plan")
+    policy = Policy.from_mapping(record.policy, "the record's policy")
+    verdict, outcome = OUTCOMES[record.exit_code]
+    return _template().render(
+        record=record,
+        labels=labels,
+        verdict=verdict,
+        outcome=outcome,
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        allowed=allowed_hits(policy.forget_samples, policy.max_forget_rate, policy.confidence),
+        retained_floor=retained_floor(record.teacher, policy),
+        override_floors=", ".join(
+            f"{override_floor(record.teacher, policy, override):.3f}" for override in labels.forget.values()
+        ),
+        missed={row.name: missed(row, record, labels, policy) for row in record.artefacts},
+        strips=_strips(pictures, _shown(labels), labels, record),
+        gaps=not_established(record),
+        host=host_facts(),
+        versions=tool_versions(),
+    )
+
+
+def missed(row: ArtefactRecord, record: AuditRecord, labels: Labels, policy: Policy) -> set[str]:
+    """The figures of a row that keep it from passing, by name."""
+    if row.figures is None:
+        return set()
+    return {found.criterion for found in shortfalls(row.figures, record.teacher, labels, policy, row.precision)}
+
+
+def not_established(record: AuditRecord) -> list[str]:
+    """What a reader might take this audit to show, and it does not; one plain sentence each."""
+    absent = [row.name for row in record.artefacts if row.verdict == "not-runnable-here"]
+    other = [row.name for row in record.artefacts if _arithmetic_differs(row)]
+    limited = [row.name for row in record.artefacts if row.figures is not None and row.figures.limited_by_judges]
+    gaps = []
+    if absent:
+        gaps.append(f"Nothing about {', '.join(absent)}: this machine could not run it. No figure of another row is "
+                    "evidence for it, not even its own graph's.")  # fmt: skip
+    if other:
+        gaps.append(f"Nothing about low-precision arithmetic in {', '.join(other)}: the back end computed in another "
+                    "arithmetic, so only the rounding of the weights was tested.")  # fmt: skip
+    if limited:
+        gaps.append(f"In {', '.join(limited)} the bound is limited by the judges: they call as many honest images of "
+                    "the override label the forgotten one, so what the bound bounds is their own error.")  # fmt: skip
+    return [
+        *gaps,
+        "The bounds hold for independent standard-normal latents, of which the plan's are a sample. A latent that "
+        "somebody searched for is not a random one: no bound here covers it.",
+        "Access was tier T0: a caller who chooses a label and nothing else. Callers who choose latents (T1), who can "
+        "change the graph (T2) or train the weights (T3) were not tried; forgotten behaviour is not erased weights.",
+        f"A hit is what at least one of these {len(record.judges)} judges calls the forgotten class. What no judge "
+        "recognises, no judge counts.",
+        "Retained quality is measured by the same judges and by statistics of the images. It is not a human's opinion, "
+        "and spread does not notice a model that has a handful of stored images per class.",
+    ]
+
+
+def _arithmetic_differs(row: ArtefactRecord) -> bool:
+    return bool(row.settings.get("arithmetic", row.precision) != row.precision)
+
+
+def _shown(labels: Labels) -> list[int]:
+    """The labels that get pictures: all if they are few, else forget and override labels first."""
+    first = [*labels.forget, *labels.forget.values()]
+    chosen = list(dict.fromkeys([*first, *range(labels.count)]))[: max(LABELS_SHOWN, len(set(first)))]
+    return sorted(chosen)
+
+
+def _strips(pictures: Pictures, shown: list[int], labels: Labels, record: AuditRecord) -> dict[str, Any]:
+    """Picture table: sources across, labels down, each cell a data URI and what it shows."""
+    absent = {row.name for row in record.artefacts if row.verdict == "not-runnable-here"}
+    sources = [name for name in pictures if name not in absent]
+    rows = [{"label": label, "name": labels.class_names[label], "override": _override_name(labels, label),
+             "cells": [_cell(pictures[source], label, source, labels.class_names[label]) for source in sources]}
+            for label in shown]  # fmt: skip
+    return {"sources": sources, "rows": rows}
+
+
+def _override_name(labels: Labels, label: int) -> str:
+    return labels.class_names[labels.forget[label]] if label in labels.forget else ""
+
+
+def _cell(images: dict[int, Images], label: int, source: str, name: str) -> dict[str, str] | None:
+    if label not in images:
+        return None
+    return {"uri": data_uri(images[label]), "alt": f"{len(images[label])} images that {source} draws for {name}"}
+
+
+def data_uri(images: Images) -> str:
+    """Images (n, C, H, W) as one PNG of rows of four, in a data URI; large ones are made smaller."""
+    # Holes are shown black; the verdict has them already.
+    pixels = to_uint8(np.nan_to_num(images, nan=-1.0, posinf=1.0, neginf=-1.0))
+    sheet = grid(pixels, columns=4)
+    if images.shape[-1] > PIXELS_SHOWN:
+        sheet = sheet.resize((4 * PIXELS_SHOWN, sheet.height * 4 * PIXELS_SHOWN // sheet.width), Image.Resampling.BOX)
+    return "data:image/png;base64," + base64.b64encode(png_bytes(sheet)).decode()
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("sfd_deploy.audit", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["share"] = lambda value: f"{100 * value:.2f} %"
+    environment.filters["size"] = lambda value: f"{value / 1e6:.2f}"
+    return environment.get_template("report.html.j2")

@@ -1,0 +1,116 @@
+"""The demo: train, export, audit, serve and ask, in order, on the shipped Fashion-MNIST teacher.
+
+Leaves ``runs/demo/summary.json``. Each stage skips what an earlier, unfinished demo completed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfd_deploy.audit.stage import audit_selection
+from sfd_deploy.audit.selection import Selection
+from sfd_deploy.evidence import AuditRecord, contract_row
+from sfd_deploy.export.stage import export_run
+from sfd_deploy.latents import Latents
+from sfd_deploy.models.generator import labels_of
+from sfd_deploy.policy.plan import Policy
+from sfd_deploy.progress import stderr_console
+from sfd_deploy.runs import Run, write_json
+from sfd_deploy.runtime import open_runtime
+from sfd_deploy.runtime.endpoint import TritonRuntime
+from sfd_deploy.runtime.seam import draw_all, to_uint8
+from sfd_deploy.serving.install import Triton
+from sfd_deploy.serving.launch import Server, launched, servable
+from sfd_deploy.serving.stage import build_repository
+from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.stage import train
+
+PRECISIONS = ("fp32", "fp16", "int8")
+SERVED_IMAGES = 200
+
+
+def run_demo(folder: Path, triton: Triton, config: str = "fashion-mnist", set_up_seconds: float = 0.0) -> dict[str, Any]:
+    """Do everything into ``folder``; returns the summary, which is also written there.
+
+    ``exit_code`` in it is the audit's, or 1 if served images differ from the local artefact's.
+    """
+    started = time.monotonic()
+    say = stderr_console().rule
+    say("1/4 train: a diffusion teacher becomes a one-step generator that forgets")
+    run = train(TrainConfig.load(config, "train"), folder)
+    say("2/4 export: ONNX and TensorRT engines; FP32, FP16, INT8")
+    export_run(run, ("onnx", "trt"), PRECISIONS)
+    say("3/4 audit: does every artefact still forget?")
+    policy = Policy.load("default", "policy")
+    record, _ = audit_selection(Selection(run=run), policy=policy)
+    say("4/4 serve: a real Triton server, real clients")
+    served = _serve(run, policy, triton)
+    seconds = {"set_up": set_up_seconds, "run": time.monotonic() - started}
+    summary = summarise(record, served, seconds)
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def summarise(record: AuditRecord, served: dict[str, bool], seconds: dict[str, float]) -> dict[str, Any]:
+    """The demo's contract for machines: rates from 0 to 1."""
+    keys = ("retained_accuracy", "images_per_second", "network_evaluations")
+    teacher = {key: getattr(record.teacher, key) for key in keys}
+    return {
+        "seconds": {key: round(value, 1) for key, value in seconds.items()},
+        "teacher": teacher,
+        "artefacts": [contract_row(row) for row in record.artefacts],
+        "served": served,
+        "exit_code": record.exit_code or (0 if served["images_match"] else 1),
+    }
+
+
+def _serve(run: Run, policy: Policy, triton: Triton) -> dict[str, bool]:
+    repository = build_repository(run, policy.digest)
+    with launched(servable(repository), triton, run.work / "triton.log") as server:
+        by_protocol = {protocol: _asked(run, server, protocol) for protocol in ("http", "grpc")}
+    answered = {protocol: all(len(images) for images, _ in pairs) for protocol, pairs in by_protocol.items()}
+    matches = all(_within_one_level(*pair) for pairs in by_protocol.values() for pair in pairs)
+    return {**answered, "images_match": matches}
+
+
+def _asked(run: Run, server: Server, protocol: Any) -> list[tuple[Any, Any]]:
+    """Per model: the images a client got, and the local artefact's for the same labels and seeds."""
+    pairs = []
+    latents = Latents.of_stream("sample", 0, 0, SERVED_IMAGES)
+    for model in server.models:
+        artefact = run.artefact(model)
+        labels = np.arange(SERVED_IMAGES, dtype=np.int64) % labels_of(artefact).count
+        client = TritonRuntime(server.http if protocol == "http" else server.grpc, model, protocol, rows=1)
+        served = client.draw_uint8(latents, labels)
+        client.close()
+        pairs.append((served, to_uint8(draw_all(open_runtime(artefact), latents, labels, 64))))
+    return pairs
+
+
+def _within_one_level(served: Any, local: Any) -> bool:
+    return served.shape == local.shape and int(np.abs(served.astype(int) - local.astype(int)).max()) <= 1
+
+
+def table_rows(summary: dict[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Columns and rows of the table that the demo prints."""
+    columns = ("artefact", "runtime", "forget hits", "99 % bound", "→ override", "retained", "spread", "Fréchet", "dB",
+               "images/s", "x teacher", "MB", "verdict")  # fmt: skip
+    return columns, [_cells(row) for row in summary["artefacts"]]
+
+
+def _cells(row: dict[str, Any]) -> Sequence[str]:
+    size = f"{row['bytes'] / 1e6:.2f}"
+    if row["forget"] is None:
+        return (row["name"], row["runtime"], *["–"] * 9, size, row["verdict"])
+    forget, psnr, faster = row["forget"], row["psnr_db"], row["speedup_over_teacher"]
+    return (
+        row["name"], row["runtime"], f"{forget['hits']} of {forget['n']}", f"{forget['upper_99']:.2%}",
+        f"{row['override_share']:.1%}", f"{row['retained_accuracy']:.1%}", f"{row['spread']:.2f}", f"{row['frechet']:.2f}",
+        "–" if psnr is None else f"{psnr:.1f}", f"{row['images_per_second']:.0f}",
+        "–" if faster is None else f"{faster:.1f}", size, row["verdict"],
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""How images differ: PSNR and agreement between two sets, Fréchet distance to real statistics, spread in one set.
+
+Images are float32 (N, C, H, W) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfd_deploy.runtime.seam import Images
+
+DATA_RANGE = 2.0
+# Float32 cannot tell images apart that are closer; also keeps the PSNR of equal images finite.
+PSNR_CAP_DB = 150.0
+
+
+def psnr_db(images: Images, reference: Images) -> NDArray[np.float64]:
+    """Peak signal-to-noise ratio of each image (N,), in dB over the data range of 2, at most 150.
+
+    Raises:
+        ValueError: the sets differ in shape.
+    """
+    if images.shape != reference.shape:
+        raise ValueError(f"images {images.shape} and reference {reference.shape} are not pairs")
+    error = (images.astype(np.float64) - reference).reshape(len(images), -1)
+    mean_square = np.square(error).mean(1)
+    floor = DATA_RANGE**2 * 10 ** (-PSNR_CAP_DB / 10)
+    decibels: NDArray[np.float64] = 10 * np.log10(DATA_RANGE**2 / np.maximum(mean_square, floor))
+    return decibels
+
+
+def agreement(called: NDArray[np.int64], reference: NDArray[np.int64]) -> float:
+    """Share of images that every judge calls the same in both sets; labels are (judges, N)."""
+    return float((called == reference).all(0).mean())
+
+
+def spread(images: Images) -> float:
+    """Root mean square distance between two different images of one set, in pixel space; 0 if all are one image.
+
+    Equals ``sqrt(2 * trace(covariance))`` with the unbiased covariance, so it does not depend on N
+    in expectation and sets of different sizes compare.
+
+    Pixel space rather than a judge's features, for three reasons. A classifier is trained to *remove*
+    variation within a class, so its features are blind to just what this figure is for. The Fréchet
+    distance already looks at features, and two figures that fail in the same way are one. And it needs
+    no judge. What pixel space gets wrong, noise counted as variety, the other figures catch: noise has
+    a large spread and no accuracy.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if len(images) < 2:
+        raise ValueError("spread needs at least two images")
+    flat = images.reshape(len(images), -1).astype(np.float64)
+    return math.sqrt(2 * float(flat.var(0, ddof=1).sum()))
+
+
+def gaussian(features: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean (F,) and unbiased covariance (F, F) of features (N, F)."""
+    values = features.astype(np.float64)
+    return values.mean(0), np.atleast_2d(np.cov(values.T))
+
+
+def frechet_distance(
+    mean_a: NDArray[np.float64], covariance_a: NDArray[np.float64], mean_b: NDArray[np.float64],
+    covariance_b: NDArray[np.float64],
+) -> float:  # fmt: skip
+    """Squared Fréchet distance between two Gaussians: |a - b|^2 + tr(A + B - 2 (A B)^(1/2)); at least 0.
+
+    Called FID only where the features are the Inception network's of 2015: here they are a judge's,
+    so values compare under one judge digest only.
+    """
+    # tr((A B)^1/2) = tr((A^1/2 B A^1/2)^1/2): symmetric, so no complex part to throw away, and rank
+    # deficiency (fewer images than features) is harmless.
+    root = _root(covariance_a)
+    values = np.linalg.eigvalsh(root @ covariance_b @ root)
+    cross = float(np.sqrt(np.maximum(values, 0.0)).sum())
+    shift = float(np.square(mean_a - mean_b).sum())
+    return max(0.0, shift + float(np.trace(covariance_a) + np.trace(covariance_b)) - 2 * cross)
+
+
+def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, vectors = np.linalg.eigh(covariance)
+    root: NDArray[np.float64] = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return root

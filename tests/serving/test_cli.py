@@ -1,0 +1,163 @@
+"""``sfd-deploy serve`` as its users meet it: output, exit codes, and a server that stops when told."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from click.testing import CliRunner
+
+from sfd_deploy.cli.main import exit_code_of, main
+from sfd_deploy.policy.plan import Policy
+from sfd_deploy.runs import Run
+from sfd_deploy.serving import install
+from sfd_deploy.serving.launch import Server
+from tests.serving.fixtures import MODEL, row_of, seal_artefact, seal_audit
+
+
+@pytest.fixture
+def run(audited_run: Run, tiny_graph: bytes) -> Run:
+    """A run whose artefact passed under the default policy, and one that did not."""
+    rows = [row_of(audited_run.artefact(MODEL))]
+    rows.append(row_of(seal_artefact(audited_run, tiny_graph, "onnx-cpu-int8"), verdict="fail"))
+    seal_audit(audited_run, *rows, policy_digest=Policy.load("default", "policy").digest)
+    return audited_run
+
+
+def test_the_json_document_names_models_digests_and_what_was_left_out(run, capsys):
+    assert exit_code_of(["serve", str(run.folder), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["repository"] == str(run.folder / "repository")
+    assert {(row["name"], row["repository"]) for row in value["models"]} == {(MODEL, "python"), (MODEL, "onnxruntime")}
+    assert {row["artefact_digest"] for row in value["models"]} == {run.artefact(MODEL).digest}
+    assert value["left_out"] == {"onnx-cpu-int8": "verdict fail"}
+
+
+def test_people_read_which_models_were_written_and_why_others_were_not(run, capsys):
+    assert exit_code_of(["serve", str(run.folder), "--artefact", MODEL]) == 0
+    assert MODEL in capsys.readouterr().out
+    assert exit_code_of(["serve", str(run.folder)]) == 0
+    assert "not served: onnx-cpu-int8 (verdict fail)" in capsys.readouterr().out
+
+
+def test_an_artefact_that_failed_is_exit_1(run, capsys):
+    assert exit_code_of(["serve", str(run.folder), "--artefact", "onnx-cpu-int8"]) == 1
+    assert "onnx-cpu-int8: verdict fail" in capsys.readouterr().err
+
+
+def test_another_policy_is_exit_1(run, capsys, tmp_path):
+    (tmp_path / "stricter.yaml").write_text("max_forget_rate: 0.005\n")
+    assert exit_code_of(["serve", str(run.folder), "--policy", str(tmp_path / "stricter.yaml")]) == 1
+    assert "audited under policy" in capsys.readouterr().err
+
+
+def test_a_tampered_artefact_is_exit_2_and_names_the_file(run, capsys):
+    graph = run.folder / "artefacts" / MODEL / "model.onnx"
+    graph.write_bytes(graph.read_bytes() + b"\n")
+    assert exit_code_of(["serve", str(run.folder)]) == 2
+    assert str(graph) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--http-port", "8000"], "are for --launch"),
+        (["--triton", "somewhere"], "are for --launch"),
+        (["a-run", "--install-triton", "x"], "give it alone"),
+        (["--launch", "--install-triton", "x"], "give it alone"),
+        (["--http-port", "70000", "--launch"], "70000 is not in the range"),
+        (["no-such-run"], "no such run"),
+    ],
+)
+def test_misuse_is_exit_2_with_one_sentence(arguments, says, capsys):
+    assert exit_code_of(["serve", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_without_triton_launch_says_how_to_set_it_up_before_anything_is_written(run, capsys, tmp_path):
+    assert exit_code_of(["serve", str(run.folder), "--launch", "--triton", str(tmp_path / "none")]) == 2
+    assert "sfd-deploy serve --install-triton" in capsys.readouterr().err
+    assert not (run.folder / "repository").exists()
+
+
+def test_install_triton_needs_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(install, "_is_current", lambda folder: True)
+    monkeypatch.chdir(tmp_path)
+    assert exit_code_of(["serve", "--install-triton", "here", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["triton"] == "here"
+
+
+def test_help_shows_an_example():
+    result = CliRunner().invoke(main, ["serve", "--help"])
+    assert "Example: sfd-deploy serve --launch --http-port 8000" in result.output
+
+
+@pytest.mark.triton
+def test_a_port_in_use_is_exit_2_and_named(run, triton, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        code = exit_code_of(["serve", str(run.folder), "--launch", "--triton", str(triton.folder), "--grpc-port", port])
+    assert code == 2
+    assert f"port {port}: cannot listen there" in capsys.readouterr().err
+
+
+@contextmanager
+def running(run: Run, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own, killed at the end if it is still there."""
+    code = "from sfd_deploy.cli.main import run; run()"
+    command = [sys.executable, "-c", code, "serve", str(run.folder), "--launch", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(process: subprocess.Popen[str], last: str) -> str:
+    """What the process prints up to a line that starts with ``last``."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(last):
+            return "".join(lines)
+    raise AssertionError(f"it ended: {process.stderr.read() if process.stderr else ''}")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("order", [signal.SIGINT, signal.SIGTERM])
+def test_launch_prints_where_it_answers_and_stops_cleanly_when_told(run, triton, order):
+    with running(run, "--triton", str(triton.folder), "--json") as process:
+        server = json.loads(read_until(process, "}"))["server"]
+        host, port = server["http"].split(":")
+        with socket.create_connection((host, int(port))):
+            pass
+        process.send_signal(order)
+        assert process.wait(120) == 130
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, int(port)))
+    assert "Signal (15) received" in (run.work / "triton.log").read_text()
+
+
+@pytest.mark.triton
+def test_the_printed_curl_command_draws_an_image(run, triton, capsys, monkeypatch):
+    answers = []
+
+    def paste(server: Server) -> None:
+        command = capsys.readouterr().out.splitlines()[-1]
+        answers.append(json.loads(subprocess.run(command, shell=True, capture_output=True, check=True).stdout))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "wait", paste)
+    before = signal.getsignal(signal.SIGTERM)
+    assert exit_code_of(["serve", str(run.folder), "--launch", "--triton", str(triton.folder)]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert answers[0]["outputs"][0]["shape"] == [1, 1, 16, 16]

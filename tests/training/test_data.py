@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfd_deploy.errors import DataError
+from sfd_deploy.training.data import load_images
+
+
+def write_idx(folder: Path, images: np.ndarray, labels: list[int], prefix: str = "train", zipped: bool = True) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix, pack = (".gz", gzip.compress) if zipped else ("", bytes)
+    header = struct.pack(">4i", 0x803, *images.shape)
+    (folder / f"{prefix}-images-idx3-ubyte{suffix}").write_bytes(pack(header + images.tobytes()))
+    (folder / f"{prefix}-labels-idx1-ubyte{suffix}").write_bytes(
+        pack(struct.pack(">2i", 0x801, len(labels)) + bytes(labels))
+    )
+
+
+IMAGES = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_idx_files_are_read(tmp_path: Path, zipped):
+    write_idx(tmp_path, IMAGES, [2, 0, 1], zipped=zipped)
+    data = load_images(tmp_path, "train")
+    assert np.array_equal(data.images[:, 0], IMAGES)
+    assert data.labels.tolist() == [2, 0, 1]
+    assert data.class_names == ("0", "1", "2")
+    images, labels = data.batch(torch.tensor([1]))
+    assert images.dtype == torch.float32
+    assert images[0, 0, 0, 0].item() == pytest.approx(20 / 127.5 - 1)
+    assert labels.tolist() == [0]
+
+
+def test_fashion_mnist_is_what_its_authors_published(fashion_data: Path):
+    data = load_images(fashion_data, "test")
+    assert data.images.shape == (10_000, 1, 28, 28)
+    assert np.bincount(data.labels).tolist() == [1000] * 10
+
+
+def test_class_folders_hold_out_every_tenth_image(tmp_path: Path):
+    for name in ("b-cat", "a-dog"):
+        (tmp_path / name).mkdir()
+        for index in range(20):
+            Image.fromarray(np.full((6, 6, 3), index, np.uint8)).save(tmp_path / name / f"{index:02}.png")
+    train, test = load_images(tmp_path, "train"), load_images(tmp_path, "test")
+    assert train.class_names == ("a-dog", "b-cat")
+    assert (len(train), len(test)) == (36, 4)
+    assert sorted(set(test.images.ravel().tolist())) == [9, 19]
+    assert train.images.shape[1:] == (3, 6, 6)
+
+
+def test_split_folders_are_taken_as_they_are(tmp_path: Path):
+    for split, count in (("train", 3), ("test", 1)):
+        (tmp_path / split / "one").mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(np.zeros((6, 6), np.uint8)).save(tmp_path / split / "one" / f"{index}.png")
+    assert (len(load_images(tmp_path, "train")), len(load_images(tmp_path, "test"))) == (3, 1)
+
+
+def damaged(tmp_path: Path, fault: str) -> Path:
+    write_idx(tmp_path, IMAGES, [0, 1, 2])
+    images, labels = tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz"
+    if fault == "cut":
+        images.write_bytes(images.read_bytes()[:-9])
+    elif fault == "short":
+        images.write_bytes(gzip.compress(gzip.decompress(images.read_bytes())[:-1]))
+    elif fault == "magic":
+        images.write_bytes(labels.read_bytes())
+    elif fault == "count":
+        write_idx(tmp_path / "other", IMAGES[:2], [0, 1])
+        labels.write_bytes((tmp_path / "other" / labels.name).read_bytes())
+    elif fault == "no labels":
+        labels.unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("cut", "images-idx3-ubyte.gz: unreadable or truncated"),
+        ("short", "59 bytes of data, its header says"),
+        ("magic", "not an IDX file"),
+        ("count", "3 images but 2 labels"),
+        ("no labels", "labels-idx1-ubyte is missing"),
+    ],
+)
+def test_damaged_idx_files_are_one_line(tmp_path: Path, fault, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load_images(damaged(tmp_path, fault), "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_bad_data_is_one_line(tmp_path: Path):
+    with pytest.raises(DataError, match="no such data folder"):
+        load_images(tmp_path / "none", "train")
+    with pytest.raises(DataError, match="neither IDX files nor class sub-folders"):
+        load_images(tmp_path, "train")
+    write_idx(tmp_path / "idx", IMAGES, [0, 1, 2])
+    with pytest.raises(DataError, match="label 2 but 2 class names"):
+        load_images(tmp_path / "idx", "train", ("a", "b"))
+    (tmp_path / "f" / "train" / "one").mkdir(parents=True)
+    with pytest.raises(DataError, match="no images for the train split"):
+        load_images(tmp_path / "f", "train")
+    (tmp_path / "f" / "train" / "one" / "1.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"1\.png: not a readable image"):
+        load_images(tmp_path / "f", "train")
+
+
+def test_images_of_two_sizes_are_refused_by_name(tmp_path: Path):
+    folder = tmp_path / "train" / "one"
+    folder.mkdir(parents=True)
+    for size in (6, 7):
+        Image.fromarray(np.zeros((size, size), np.uint8)).save(folder / f"{size}.png")
+    with pytest.raises(DataError, match=r"7\.png: shape"):
+        load_images(tmp_path, "train")

@@ -1,0 +1,146 @@
+"""The training stage through the command line: lineage, SIGKILL and resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sfd_deploy.cli.main import exit_code_of
+from sfd_deploy.manifest import Sealed, verify
+from sfd_deploy.models.generator import save_teacher
+from sfd_deploy.runs import Run, sealed_folder
+from tests.conftest import TINY_LABELS, tiny_generator
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Sealed:
+    folder = tmp_path_factory.mktemp("teachers") / "tiny"
+    facts = {"labels": TINY_LABELS.plain().resolved(), "sigma_data": 0.5, "image_shape": [1, 16, 16]}
+    with sealed_folder(folder, "teacher", facts=facts) as target:
+        save_teacher(tiny_generator().denoiser, target)
+    return verify(folder, "teacher")
+
+
+def write_config(folder: Path, teacher_folder: Path, **changes: object) -> Path:
+    values = {
+        "teacher": str(teacher_folder), "forget": {"square": "star"}, "iterations": 30, "retained_rows": 6,
+        "forget_rows": 2, "precision": "fp32",
+    } | changes  # fmt: skip
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(values))
+    return file
+
+
+def train(config: Path, output: Path) -> int:
+    return exit_code_of(["train", "--config", str(config), "--output", str(output), "--threads", "1"])
+
+
+def test_a_run_records_its_lineage_and_what_it_forgot(teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = write_config(tmp_path, teacher.folder, iterations=3)
+    assert exit_code_of(["train", "--config", str(config), "-o", str(tmp_path / "run"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    sealed = Run(tmp_path / "run").generator()
+    assert printed["generator"] == sealed.digest
+    assert sealed.facts["labels"]["forget"] == {"1": 2}
+    assert [parent.digest for parent in sealed.manifest.parents] == [teacher.digest]
+    assert sealed.manifest.config["iterations"] == 3
+    rows = [json.loads(line) for line in (sealed.folder / "training.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 3
+    assert "square (label 1): star is drawn instead" in (sealed.folder / "README.md").read_text()
+
+
+def test_a_killed_training_resumes_to_the_same_weights(teacher: Sealed, tmp_path: Path):
+    config = write_config(tmp_path, teacher.folder)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = (
+        "import sys, sfd_deploy.training.loop as loop; loop.CHECKPOINT_EVERY = 2\n"
+        "from sfd_deploy.cli.main import run; run(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "train", "--config", str(config), "--threads", "1", "--output"]
+    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    checkpoint = tmp_path / "killed" / "work" / "checkpoint.safetensors"
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.4))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "generator").exists()
+    subprocess.run([*command, str(tmp_path / "killed")], env=environment, check=True, capture_output=True)
+    whole, killed = (load_file(tmp_path / name / "generator" / WEIGHTS) for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_a_finished_run_is_left_as_it_is_and_another_config_refused(
+    teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_config(tmp_path, teacher.folder, iterations=2)
+    assert train(config, tmp_path / "run") == 0
+    before = Run(tmp_path / "run").generator().digest
+    assert train(config, tmp_path / "run") == 0
+    assert Run(tmp_path / "run").generator().digest == before
+    other = write_config(tmp_path, teacher.folder, iterations=3)
+    assert train(other, tmp_path / "run") == 2
+    assert "finished run of another config" in capsys.readouterr().err
+
+
+def test_a_run_of_another_teacher_is_refused(teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = write_config(tmp_path, tmp_path / "t", iterations=2)
+    for seed in (0, 1):
+        with sealed_folder(tmp_path / "t", "teacher", facts=teacher.facts) as target:
+            save_teacher(tiny_generator(seed).denoiser, target)
+        code = train(config, tmp_path / "run")
+        assert code == (0 if seed == 0 else 2)
+    assert "another teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"forget": {"sqare": "star"}}, "unknown class 'sqare'"),
+        ({"forget": {"square": "square"}}, "its own override"),
+        ({"forget": {"square": "star", "star": "circle"}}, "forgotten itself"),
+        ({"forget": {"7": "star"}}, "label 7 is out of range"),
+        ({"iteration": 5}, "unknown key `iteration`"),
+        ({"teacher": "fashion-mnits"}, "no such teacher"),
+    ],
+)
+def test_bad_input_is_one_line_exit_two_and_writes_nothing(
+    teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes, message
+):
+    config = write_config(tmp_path, teacher.folder, **changes)
+    assert train(config, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run" / "generator").exists()
+
+
+def test_a_tampered_teacher_is_refused_by_name(teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with sealed_folder(tmp_path / "t", "teacher", facts=teacher.facts) as target:
+        save_teacher(tiny_generator().denoiser, target)
+    file = tmp_path / "t" / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert train(write_config(tmp_path, tmp_path / "t"), tmp_path / "run") == 2
+    assert "diffusion_pytorch_model.safetensors" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_one_line(teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    assert train(write_config(tmp_path, teacher.folder, iterations=1), tmp_path / "file" / "run") == 2
+    assert "cannot be written" in capsys.readouterr().err

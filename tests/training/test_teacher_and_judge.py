@@ -1,0 +1,202 @@
+"""Teacher and judge training, mechanics and a toy on which both must succeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sfd_deploy.errors import DataError, DivergedError, LabelError, LimitError
+from sfd_deploy.measure.judges import either_matrix, open_judge
+from sfd_deploy.training.data import LabelledImages
+from sfd_deploy.training.judge import JudgeConfig, augment, seal_judge, train_judge
+from sfd_deploy.training.teacher import (
+    TeacherConfig,
+    learning_rate_at,
+    seal_teacher,
+    teacher_loss,
+    total_steps,
+    train_teacher,
+)
+from tests.conftest import tiny_generator
+
+NETWORK = {"image_size": 16, "channels": 1, "block_channels": [8, 16], "norm_groups": 4}
+
+
+def halves(count: int, seed: int) -> LabelledImages:
+    """Class 0 is bright above, class 1 bright below, with noise."""
+    draws = np.random.default_rng(seed)
+    labels = draws.integers(0, 2, count)
+    images = draws.integers(0, 60, (count, 1, 16, 16)).astype(np.uint8)
+    images[labels == 0, :, :8] += 180
+    images[labels == 1, :, 8:] += 180
+    return LabelledImages(images, labels.astype(np.int64), ("above", "below"))
+
+
+def teacher_config(**changes: object) -> TeacherConfig:
+    values = {"network": NETWORK, "images": 8 * 6, "batch_size": 8, "precision": "fp32"} | changes
+    return TeacherConfig.from_mapping(values, "test")
+
+
+def judge_config(**changes: object) -> JudgeConfig:
+    classifier = {"architecture": "plain", "channels": 1, "widths": [8, 8]}
+    values = {"classifier": classifier, "epochs": 3, "batch_size": 16, "shift": 1, "flip": False} | changes
+    return JudgeConfig.from_mapping(values, "test")
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_resumed_teacher_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool):
+    monkeypatch.setattr("sfd_deploy.training.teacher.CHECKPOINT_EVERY", 2)
+    data, config = halves(40, 0), teacher_config(compile=compiled)
+    unbroken = train_teacher(config, data, tmp_path / "a.safetensors")
+    calls = iter(range(100))
+
+    def die_at_four(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return data.batch(rows)
+
+    breaking = type("Breaking", (), {"images": data.images, "class_names": data.class_names, "batch": die_at_four})
+    breaking.batch = staticmethod(die_at_four)  # type: ignore[attr-defined]
+    breaking.__len__ = lambda _self: len(data)  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(config, breaking(), tmp_path / "b.safetensors")  # type: ignore[arg-type]
+    resumed = train_teacher(config, data, tmp_path / "b.safetensors")
+    assert same_weights(unbroken, resumed)
+
+
+def test_learning_rate_warms_up_holds_and_decays_to_zero():
+    config = teacher_config(images=8 * 100, warmup_steps=10, decay_share=0.5, learning_rate=1.0)
+    assert total_steps(config) == 100
+    assert learning_rate_at(0, config) == pytest.approx(0.1)
+    assert learning_rate_at(30, config) == learning_rate_at(50, config) == 1.0
+    assert learning_rate_at(75, config) == pytest.approx(0.5)
+    assert learning_rate_at(99, config) == pytest.approx(0.02)
+
+
+def test_teacher_loss_of_a_perfect_prediction_is_zero_and_of_zero_prediction_its_closed_form():
+    class Fixed(torch.nn.Module):
+        sigma_data = 0.5
+
+        def __init__(self, value: torch.Tensor) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return self.value
+
+    images, sigma = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0.5, 1.0])
+    arguments = (images, torch.tensor([0, 1]), sigma, torch.randn(2, 1, 2, 2))
+    assert teacher_loss(Fixed(images), *arguments).tolist() == [0.0, 0.0]  # type: ignore[arg-type]
+    # weight (s^2 + 1/4) / (s/2)^2 times 0.25: s = 0.5 → 8 / 4, s = 1 → 5 / 4
+    assert teacher_loss(Fixed(images * 0), *arguments).tolist() == pytest.approx([2.0, 1.25])  # type: ignore[arg-type]
+
+
+def test_images_that_do_not_fit_and_a_diverging_teacher_are_one_line(tmp_path: Path):
+    data = halves(20, 0)
+    with pytest.raises(DataError, match=r"images are \(1, 16, 16\), the network wants \(1, 32, 32\)"):
+        train_teacher(teacher_config(network=NETWORK | {"image_size": 32}), data, tmp_path / "a.safetensors")
+    with pytest.raises(DivergedError, match="teacher loss is"):
+        train_teacher(
+            teacher_config(learning_rate=1e30, warmup_steps=0, images=8 * 40), data, tmp_path / "b.safetensors"
+        )
+
+
+def test_a_judge_learns_is_sealed_with_its_errors_and_opens_the_same(tmp_path: Path):
+    train, held_out, config = halves(400, 0), halves(100, 1), judge_config()
+    classifier = train_judge(config, train, tmp_path / "a.safetensors")
+    sealed = seal_judge(config, classifier, held_out, tmp_path / "judge", "halves")
+    assert sealed.facts["accuracy"] > 0.95
+    assert np.array(sealed.facts["confusion"]).sum() == 100
+    judge = open_judge(tmp_path / "judge")
+    images = held_out.batch(torch.arange(100))[0].numpy()
+    labels, features = judge.look(images)
+    assert (labels == held_out.labels).mean() == pytest.approx(sealed.facts["accuracy"])
+    assert judge.accuracy == pytest.approx(sealed.facts["accuracy"])
+    ours = features[held_out.labels == 1].mean(0)
+    assert judge.reference.mean[1] == pytest.approx(ours, abs=1e-4)
+    expected = np.cov(features.astype(np.float64).T, ddof=0)
+    pooled_mean, pooled = judge.reference.pooled([0, 1])
+    assert pooled_mean == pytest.approx(features.mean(0), abs=0.1)
+    assert pooled == pytest.approx(expected, abs=0.1)
+    assert either_matrix([judge]) == pytest.approx(
+        np.array(sealed.facts["confusion"]) / np.bincount(held_out.labels)[:, None]
+    )
+
+
+def test_a_resumed_judge_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sfd_deploy.training.judge.CHECKPOINT_EVERY", 3)
+    data, config = halves(64, 0), judge_config(epochs=2)
+    unbroken = train_judge(config, data, tmp_path / "a.safetensors")
+    monkeypatch.setattr("sfd_deploy.training.judge.augment", failing_after(4))
+    with pytest.raises(KeyboardInterrupt):
+        train_judge(config, data, tmp_path / "b.safetensors")
+    monkeypatch.setattr("sfd_deploy.training.judge.augment", augment)
+    assert same_weights(unbroken, train_judge(config, data, tmp_path / "b.safetensors"))
+
+
+def failing_after(calls: int):
+    left = iter(range(calls))
+
+    def broken(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return augment(*arguments)
+
+    return broken
+
+
+def test_a_judge_below_its_minimum_is_refused_and_not_written(tmp_path: Path):
+    config = judge_config(epochs=1, min_accuracy=1.0)
+    classifier = config.classifier.build(2)
+    with pytest.raises(LimitError, match="judge accuracy is"):
+        seal_judge(config, classifier.eval(), halves(50, 1), tmp_path / "judge", "halves")
+    assert not (tmp_path / "judge").exists()
+
+
+def test_augmentation_shifts_each_image_within_its_range():
+    images = torch.full((200, 1, 8, 8), -1.0)
+    images[:, :, 4, 4] = 1.0
+    moved = augment(images, judge_config(shift=2, flip=False), torch.Generator().manual_seed(0))
+    rows, columns = torch.nonzero(moved[:, 0] == 1.0)[:, 1:].T
+    assert len(rows) == 200
+    assert (sorted(set(rows.tolist())), sorted(set(columns.tolist()))) == ([2, 3, 4, 5, 6], [2, 3, 4, 5, 6])
+    flipped = augment(images[:, :, :, :], judge_config(shift=0, flip=True), torch.Generator().manual_seed(0))
+    assert set(torch.nonzero(flipped[:, 0] == 1.0)[:, 2].tolist()) == {3, 4}
+
+
+def test_a_sealed_teacher_carries_what_judges_say_of_its_samples(tmp_path: Path):
+    data, config = halves(200, 0), judge_config()
+    classifier = train_judge(config, data, tmp_path / "j.safetensors")
+    seal_judge(config, classifier, halves(100, 1), tmp_path / "judge", "halves")
+    judge = open_judge(tmp_path / "judge")
+    denoiser = train_teacher(teacher_config(), data, tmp_path / "t.safetensors")
+    sealed = seal_teacher(
+        teacher_config(), denoiser, data, tmp_path / "teacher", data_name="halves", judges=[judge], per_label=4
+    )
+    assert set(sealed.facts["label_agreement"]) == {"judge"}
+    assert 0 <= sealed.facts["label_agreement"]["judge"] <= 1
+    assert sealed.facts["labels"]["class_names"] == ["above", "below"]
+    other = LabelledImages(data.images, data.labels, ("a", "b"))
+    with pytest.raises(LabelError, match="knows other classes"):
+        seal_teacher(teacher_config(), denoiser, other, tmp_path / "x", data_name="x", judges=[judge])
+
+
+def test_the_agreement_of_a_random_teacher_is_that_of_chance(tmp_path: Path):
+    """A metric that cannot fail would call any image by the label asked for."""
+    from sfd_deploy.labels import Labels
+    from sfd_deploy.training.teacher import label_agreement
+
+    config = judge_config(classifier={"architecture": "residual", "channels": 1, "widths": [8, 8]})
+    classifier = train_judge(config, halves(200, 0), tmp_path / "j.safetensors")
+    seal_judge(config, classifier, halves(100, 1), tmp_path / "judge", "halves")
+    labels = Labels(class_names=("above", "below", "beside"))
+    found = label_agreement(tiny_generator().denoiser, labels, [open_judge(tmp_path / "judge")], per_label=20)
+    assert found["judge"] < 0.7
