@@ -168,10 +168,11 @@ def _fold_noise_level(model: onnx_ir.Model) -> None:
 
 
 def _is_batch_size(value: onnx_ir.Value | None) -> bool:
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type != "Shape" or node.inputs[0] is None:
+    if value is None or value.shape is None or list(value.shape) != [1]:
         return False
-    return node.inputs[0].name == "latents" and value is not None and value.shape is not None and value.shape[0] == 1
+    node = value.producer()
+    source = node.inputs[0] if node is not None and node.op_type == "Shape" else None
+    return source is not None and source.name == "latents"
 
 
 def _name_by_module(node: NodeProto) -> None:

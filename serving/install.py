@@ -125,6 +125,7 @@ def install_triton(folder: Path) -> Triton:
             advance(1, "python back end")
             _place_stub(triton)
             advance(1, "")
+        (folder / PIP_LOG).unlink(missing_ok=True)
         write_json(folder / MARKER, {**_wanted(), "packages": _packages(triton)})
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"

@@ -34,6 +34,7 @@ HOST = "127.0.0.1"
 EXIT_TIMEOUT_S = 10
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps it
 READY_TIMEOUT_S = 120.0
+SAID = "sfd-deploy: "  # begins what serving/backend/model.py says
 HARMLESS = "CudaDriverHelper has not been initialized"  # an error to every server without a GPU
 # Nobody outside needs them, and old servers had holes there: closed by a key that is thrown away.
 CLOSED = "shared-memory,model-repository,trace,logging"
@@ -200,10 +201,11 @@ def _is_ready(address: str) -> bool:
 
 
 def reason_in(log: Path) -> str:
-    """Why the server ended: the last error in its log, else the last line."""
+    """Why the server ended: what a model of ours said, else the last error in its log, else the last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line.removeprefix(SAID) for line in lines if line.startswith(SAID)]
     errors = [line.split("]", 1)[1] for line in lines if line.startswith("E") and "]" in line and HARMLESS not in line]
-    reason = (errors or lines or ["it said nothing"])[-1]
+    reason = (said or errors or lines or ["it said nothing"])[-1]
     return reason.split(r"\n", 1)[0].strip(' "')
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sfd_deploy.audit.stage import audit_selection
 from sfd_deploy.audit.selection import Selection
+from sfd_deploy.audit.stage import audit_selection
 from sfd_deploy.evidence import AuditRecord, contract_row
 from sfd_deploy.export.stage import export_run
 from sfd_deploy.latents import Latents
@@ -34,7 +34,9 @@ PRECISIONS = ("fp32", "fp16", "int8")
 SERVED_IMAGES = 200
 
 
-def run_demo(folder: Path, triton: Triton, config: str = "fashion-mnist", set_up_seconds: float = 0.0) -> dict[str, Any]:
+def run_demo(
+    folder: Path, triton: Triton, config: str = "fashion-mnist", set_up_seconds: float = 0.0
+) -> dict[str, Any]:
     """Do everything into ``folder``; returns the summary, which is also written there.
 
     ``exit_code`` in it is the audit's, or 1 if served images differ from the local artefact's.
@@ -110,7 +112,8 @@ def _cells(row: dict[str, Any]) -> Sequence[str]:
     forget, psnr, faster = row["forget"], row["psnr_db"], row["speedup_over_teacher"]
     return (
         row["name"], row["runtime"], f"{forget['hits']} of {forget['n']}", f"{forget['upper_99']:.2%}",
-        f"{row['override_share']:.1%}", f"{row['retained_accuracy']:.1%}", f"{row['spread']:.2f}", f"{row['frechet']:.2f}",
+        f"{row['override_share']:.1%}", f"{row['retained_accuracy']:.1%}", f"{row['spread']:.2f}",
+        f"{row['frechet']:.2f}",
         "–" if psnr is None else f"{psnr:.1f}", f"{row['images_per_second']:.0f}",
         "–" if faster is None else f"{faster:.1f}", size, row["verdict"],
     )  # fmt: skip

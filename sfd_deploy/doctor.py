@@ -26,7 +26,10 @@ def examine() -> list[Finding]:
         _cuda(),
         _package("onnxruntime", "onnxruntime", "onnxruntime", "pip install 'sfd-deploy[cpu]'"),
         _package(
-            "trt-rtx compiler", "tensorrt_rtx_bindings", "tensorrt-rtx-cu12-bindings", "pip install 'sfd-deploy[trt-rtx]'"
+            "trt-rtx compiler",
+            "tensorrt_rtx_bindings",
+            "tensorrt-rtx-cu12-bindings",
+            "pip install 'sfd-deploy[trt-rtx]'",
         ),
         _package("tensorrt", "tensorrt", "tensorrt", "on a machine with an NVIDIA GPU: pip install 'sfd-deploy[gpu]'"),
         _package("tritonclient", "tritonclient.grpc", "tritonclient", "pip install 'sfd-deploy[serve]'"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
+from pydantic import Field
+
 from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import LabelError
 
@@ -16,7 +18,7 @@ class Labels(StageConfig):
     """
 
     class_names: tuple[str, ...]
-    forget: dict[int, int] = {}
+    forget: dict[int, int] = Field({})
 
     @property
     def count(self) -> int:
@@ -43,7 +45,11 @@ class Labels(StageConfig):
         if text.casefold() in folded:
             return folded[text.casefold()]
         near = difflib.get_close_matches(text.casefold(), list(folded), n=1)
-        hint = f"did you mean {self.class_names[folded[near[0]]]}?" if near else f"use one of {', '.join(self.class_names)}"
+        hint = (
+            f"did you mean {self.class_names[folded[near[0]]]}?"
+            if near
+            else f"use one of {', '.join(self.class_names)}"
+        )
         raise LabelError(f"unknown class {text!r}", hint)
 
     def forgetting(self, forget: Mapping[str | int, str | int]) -> Labels:

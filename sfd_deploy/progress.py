@@ -27,7 +27,8 @@ def progress_bar(task: str, total: int, completed: int = 0) -> Iterator[Callable
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=stderr_console(), transient=True) as bar:
+    console = stderr_console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         handle = bar.add_task(task, total=total, completed=completed, note="")
         yield lambda steps, note: bar.update(handle, advance=steps, note=note)
 

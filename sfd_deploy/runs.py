@@ -50,7 +50,15 @@ def sealed_folder(
         write_manifest(temporary, kind, target.name, parents=parents, config=config or {}, seed=seed, facts=facts or {})
         _publish(temporary, target)
     except OSError as error:
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}:
+        if error.errno in {
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        }:
             raise RunError(
                 f"{target}: cannot be written ({os.strerror(error.errno)})", "free space or choose a writable folder"
             ) from None

@@ -64,7 +64,9 @@ def test_a_nested_unknown_key_is_named_with_its_path(tmp_path: Path):
 )
 def test_heads_that_do_not_fit_the_network_are_named(tmp_path: Path, network, message):
     file = tmp_path / "t.yaml"
-    file.write_text(f"images: 5\nnetwork: {{image_size: 28, channels: 1, block_channels: [8], norm_groups: 4, {network}}}")
+    file.write_text(
+        f"images: 5\nnetwork: {{image_size: 28, channels: 1, block_channels: [8], norm_groups: 4, {network}}}"
+    )
     with pytest.raises(ConfigError, match=message):
         TeacherConfig.load(str(file), "teacher")
 

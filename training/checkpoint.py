@@ -43,7 +43,9 @@ class Checkpoint:
                    for key, value in net.state_dict().items()}  # fmt: skip
         for name, optimiser in self.optimisers.items():
             for index, state in optimiser.state_dict()["state"].items():
-                tensors |= {f"{name}/{index}/{key}": torch.as_tensor(value).contiguous() for key, value in state.items()}
+                tensors |= {
+                    f"{name}/{index}/{key}": torch.as_tensor(value).contiguous() for key, value in state.items()
+                }
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_suffix(".writing")
         metadata = {"step": str(step), "config": self.config, "notes": json.dumps(notes)}

@@ -24,7 +24,9 @@ class TrainConfig(StageConfig):
     forget_weight: float = Field(
         1 / 9, gt=0, description="lambda, the forget part's weight in both steps (official code: 0.01 for long runs)"
     )
-    alpha: float = Field(1.2, ge=0.5, le=1.2, description="SiD's alpha; 0.5 is the exact gradient, above 1.2 a basin ends")
+    alpha: float = Field(
+        1.2, ge=0.5, le=1.2, description="SiD's alpha; 0.5 is the exact gradient, above 1.2 a basin ends"
+    )
     sigma_init: float = Field(2.5, gt=0, description="noise level of the one step; part of the model")
     sigma_min: float = Field(0.137, gt=0, description="lowest noise level of training, as in every SFD configuration")
     sigma_max: float = Field(13.0, gt=0, description="highest noise level of training")
@@ -32,7 +34,9 @@ class TrainConfig(StageConfig):
     generator_rate: float = Field(2e-4, gt=0, description="Adam's learning rate of theta (official: 1e-5)")
     clip_value: float = Field(1.0, gt=0, description="gradients of both networks are clipped by value")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the generator, ramped (official: 0.9999, no ramp)")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast of the networks; weights and losses are FP32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="autocast of the networks; weights and losses are FP32"
+    )
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -52,7 +52,9 @@ def load_images(source: Path, split: str, class_names: tuple[str, ...] = ()) -> 
         DataError: naming the missing, truncated or contradictory file.
     """
     if not source.is_dir():
-        raise DataError(f"{source}: no such data folder", "point `data` or SFD_DEPLOY_DATA at IDX files or class folders")
+        raise DataError(
+            f"{source}: no such data folder", "point `data` or SFD_DEPLOY_DATA at IDX files or class folders"
+        )
     prefix = {"train": "train", "test": "t10k"}[split]
     if (images_file := _idx_file(source, f"{prefix}-images-idx3-ubyte")) is not None:
         labels_file = _idx_file(source, f"{prefix}-labels-idx1-ubyte")
@@ -96,7 +98,9 @@ def _read_folders(source: Path, split: str) -> LabelledImages:
     root = source / split if has_splits else source
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     if not folders:
-        raise DataError(f"{root}: neither IDX files nor class sub-folders", "lay images out as <class name>/<image>.png")
+        raise DataError(
+            f"{root}: neither IDX files nor class sub-folders", "lay images out as <class name>/<image>.png"
+        )
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):

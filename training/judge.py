@@ -29,7 +29,9 @@ class JudgeConfig(StageConfig):
     """How a judge is trained."""
 
     classifier: ClassifierConfig
-    class_names: tuple[str, ...] = Field((), description="names in label order; empty: from the data's folders, or numbers")
+    class_names: tuple[str, ...] = Field(
+        (), description="names in label order; empty: from the data's folders, or numbers"
+    )
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(128, ge=1)
     learning_rate: float = Field(3e-3, gt=0, description="AdamW's peak, one cycle")
@@ -69,9 +71,7 @@ def one_cycle(peak: float, total: int) -> list[float]:
     return rates
 
 
-def train_judge(
-    config: JudgeConfig, train: LabelledImages, checkpoint_file: Path
-) -> Classifier:
+def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Path) -> Classifier:
     """Train to the end, resuming from ``checkpoint_file`` if it is there."""
     torch.manual_seed(config.seed)
     classifier = config.classifier.build(len(train.class_names))

@@ -46,7 +46,9 @@ def draw_rows(config: TrainConfig, labels: Labels, draws: torch.Generator) -> Ro
     Weights are 1/n_r on retained rows and lambda/n_f on forget rows, the same for both steps:
     unequal forget coefficients make the generator overshoot.
     """
-    retained = torch.tensor(labels.retained)[torch.randint(len(labels.retained), (config.retained_rows,), generator=draws)]
+    retained = torch.tensor(labels.retained)[
+        torch.randint(len(labels.retained), (config.retained_rows,), generator=draws)
+    ]
     weights = torch.full((config.retained_rows,), 1 / config.retained_rows)
     if not labels.forget:
         return Rows(retained, retained, weights)
@@ -72,7 +74,9 @@ class SfdLoop:
         self.teacher = self.teacher.eval().requires_grad_(False)
         # eval(): generator and fake score run without dropout, so that both steps see one function.
         self.fake_score = copy.deepcopy(self.teacher).eval()
-        self.generator = OneStepGenerator(copy.deepcopy(self.teacher), self.config.sigma_init).eval().requires_grad_(True)
+        self.generator = (
+            OneStepGenerator(copy.deepcopy(self.teacher), self.config.sigma_init).eval().requires_grad_(True)
+        )
         self.ema = Ema(self.generator, self.config.ema_decay)
         self.fake_score_adam = _adam(self.fake_score, self.config.fake_score_rate)
         self.generator_adam = _adam(self.generator, self.config.generator_rate)
@@ -87,7 +91,9 @@ class SfdLoop:
         with torch.no_grad():
             x = self._generate(rows, draws)
         noisy, sigma = self._renoise(x, draws)
-        loss = fake_score_loss(x, self._predict(self.fake_score, noisy, sigma, rows.labels), sigma, self.teacher.sigma_data)
+        loss = fake_score_loss(
+            x, self._predict(self.fake_score, noisy, sigma, rows.labels), sigma, self.teacher.sigma_data
+        )
         self._apply((rows.weights * loss).sum(), self.fake_score, self.fake_score_adam, step)
         return {"fake_score_loss": loss.detach().mean().item() / x[0].numel()}
 

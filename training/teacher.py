@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from sfd_deploy.config import StageConfig
-from sfd_deploy.errors import DataError, DivergedError
+from sfd_deploy.embedded import resolve
+from sfd_deploy.errors import ConfigError, DataError, DivergedError
 from sfd_deploy.labels import Labels
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import Sealed, verify
 from sfd_deploy.measure.judges import Judge, require_same_classes
 from sfd_deploy.models.denoiser import EdmDenoiser, edm_weight
-from sfd_deploy.models.generator import image_shape, save_teacher
+from sfd_deploy.models.generator import image_shape, load_teacher, save_teacher
 from sfd_deploy.models.network import Ema, NetworkConfig
 from sfd_deploy.models.sampler import SamplerConfig
 from sfd_deploy.progress import LOGGER, progress_bar
@@ -35,7 +36,10 @@ class TeacherConfig(StageConfig):
     """How a teacher is trained; every default is a figure from arXiv 2206.00364 unless it says otherwise."""
 
     network: NetworkConfig
-    class_names: tuple[str, ...] = Field((), description="names in label order; empty: from the data's folders, or numbers")
+    class_names: tuple[str, ...] = Field(
+        (), description="names in label order; empty: from the data's folders, or numbers"
+    )
+    init_from: str | None = Field(None, description="a teacher folder whose weights to start from")
     images: int = Field(ge=1, description="training images seen, with repetition")
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1.5e-3, gt=0, description="AdamW; measured on small networks")
@@ -79,9 +83,13 @@ def train_teacher(config: TeacherConfig, data: LabelledImages, checkpoint_file: 
     """
     shape = (config.network.channels, config.network.image_size, config.network.image_size)
     if data.images.shape[1:] != shape:
-        raise DataError(f"images are {data.images.shape[1:]}, the network wants {shape}", "mend `network` in the config")
+        raise DataError(
+            f"images are {data.images.shape[1:]}, the network wants {shape}", "mend `network` in the config"
+        )
     torch.manual_seed(config.seed)
     unet = config.network.build(len(data.class_names))
+    if config.init_from is not None:
+        _copy_weights(resolve(config.init_from, "teacher"), unet)
     ema = Ema(unet, config.ema_decay)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, fused=True)
     checkpoint = Checkpoint(checkpoint_file, {"net": unet, "ema": ema.network}, {"adam": optimiser}, config.resolved())
@@ -105,6 +113,13 @@ def train_teacher(config: TeacherConfig, data: LabelledImages, checkpoint_file: 
                 checkpoint.save(step, {})
                 LOGGER.info("teacher step %d of %d loss %.4f", step, total, loss.item())
     return EdmDenoiser(ema.network, config.sigma_data)
+
+
+def _copy_weights(source: Sealed, unet: torch.nn.Module) -> None:
+    try:
+        unet.load_state_dict(load_teacher(source).unet.state_dict())
+    except RuntimeError:
+        raise ConfigError(f"{source.folder}: its network is another than `network`", "copy its `network`") from None
 
 
 def _step(config: TeacherConfig, data: LabelledImages, denoiser: EdmDenoiser, step: int) -> Tensor:
@@ -156,6 +171,9 @@ def seal_teacher(
         "judge_accuracy_on_real_images": {judge.name: judge.accuracy for judge in judges},
         "samples_per_label": per_label if judges else 0,
     }
-    with sealed_folder(target, "teacher", config=config.resolved(), seed=config.seed, facts=facts) as folder:
+    parents = (resolve(config.init_from, "teacher").as_parent(),) if config.init_from else ()
+    with sealed_folder(
+        target, "teacher", parents=parents, config=config.resolved(), seed=config.seed, facts=facts
+    ) as folder:
         save_teacher(denoiser, folder)
     return verify(target, "teacher")

@@ -20,6 +20,7 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 from numpy.typing import NDArray
 
 FACTS = "serving.json"
+SAID = "sfd-deploy: "  # how the server's log tells our words from its own
 
 
 class TritonPythonModel:
@@ -28,9 +29,14 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Verify the model's files and open the graph with the settings it was audited with."""
         folder = Path(args["model_repository"]) / args["model_version"]
-        self.facts = verified_facts(folder)
-        self.latents = load_module(folder / "latents.py")
-        self.session = open_session(folder / "model.onnx", self.facts["settings"])
+        try:
+            self.facts = verified_facts(folder)
+            self.latents = load_module(folder / "latents.py")
+            self.session = open_session(folder / "model.onnx", self.facts["settings"])
+        except Exception as error:
+            # Measured on 2.51: now and then the server aborts over a failed load and loses its reason.
+            print(f"{SAID}{error}", file=sys.stderr, flush=True)
+            raise
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order; a faulty request gets its own error and spoils no other."""

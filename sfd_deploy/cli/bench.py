@@ -9,7 +9,9 @@ from sfd_deploy.cli.options import device_option, json_option, run_argument, sho
 
 @click.command(epilog="Example: sfd-deploy bench --batch-size 1 --batch-size 16")
 @run_argument
-@click.option("--batch-size", "batches", type=click.IntRange(1, 1024), multiple=True, help="Repeatable  [default: 1, 16]")
+@click.option(
+    "--batch-size", "batches", type=click.IntRange(1, 1024), multiple=True, help="Repeatable  [default: 1, 16]"
+)
 @click.option("--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="Interleaved rounds.")
 @device_option
 @threads_option

@@ -11,7 +11,9 @@ from sfd_deploy.cli.options import json_option, show, table, threads_option, use
 
 @click.command(epilog="Example: sfd-deploy demo")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
-@click.option("--triton", type=click.Path(path_type=Path), help="Triton's environment; set up if missing  [default: .triton]")
+@click.option(
+    "--triton", type=click.Path(path_type=Path), help="Triton's environment; set up if missing  [default: .triton]"
+)
 @click.option("--set-up-seconds", type=float, default=0.0, help="What set-up took, for the summary.")
 @threads_option
 @json_option

@@ -71,6 +71,6 @@ def _log_traceback() -> Path:
         with path.open("a", encoding="utf-8") as handle:
             handle.write(traceback.format_exc())
     except OSError:
-        logging.getLogger("sfd_deploy").error("%s", traceback.format_exc())
+        logging.getLogger("sfd_deploy").exception("a bug, and no log to write it to")
         return Path("stderr")
     return path

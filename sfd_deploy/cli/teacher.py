@@ -13,10 +13,14 @@ from sfd_deploy.cli.options import data_option, json_option, show, threads_optio
 @click.option("--config", required=True, metavar="FILE|NAME", help="A teacher config, or a preset's name.")
 @data_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; resumes there.")
-@click.option("--judge", "judges", type=click.Path(path_type=Path), multiple=True, help="Judge folder that measures it.")
+@click.option(
+    "--judge", "judges", type=click.Path(path_type=Path), multiple=True, help="Judge folder that measures it."
+)
 @threads_option
 @json_option
-def teacher(config: str, data: Path, output: Path, judges: tuple[Path, ...], threads: int | None, as_json: bool) -> None:
+def teacher(
+    config: str, data: Path, output: Path, judges: tuple[Path, ...], threads: int | None, as_json: bool
+) -> None:
     """Train a class-conditional EDM teacher on IDX files or class sub-folders; resumes when run again."""
     from sfd_deploy.measure.judges import open_judge
     from sfd_deploy.progress import log_to
@@ -32,4 +36,8 @@ def teacher(config: str, data: Path, output: Path, judges: tuple[Path, ...], thr
         denoiser = train_teacher(parsed, images, work / "checkpoint.safetensors")
     sealed = seal_teacher(parsed, denoiser, images, output, data_name=data.name, judges=opened)
     value = {"folder": str(output), "digest": sealed.digest, **sealed.facts}
-    show(value, as_json, lambda console: console.print(f"{output}  {sealed.digest[:12]}  {sealed.facts['label_agreement']}"))
+    show(
+        value,
+        as_json,
+        lambda console: console.print(f"{output}  {sealed.digest[:12]}  {sealed.facts['label_agreement']}"),
+    )

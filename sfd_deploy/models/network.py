@@ -25,7 +25,9 @@ class NetworkConfig(StageConfig):
     attention_levels: tuple[int, ...] = Field((), description="levels (0 = full resolution) with self-attention")
     middle_attention: bool = Field(False, description="self-attention in the middle block")
     head_channels: int = Field(32, ge=1, description="channels per attention head")
-    time_scale_shift: bool = Field(False, description="condition by scale and shift of each GroupNorm, not a bias alone")
+    time_scale_shift: bool = Field(
+        False, description="condition by scale and shift of each GroupNorm, not a bias alone"
+    )
     norm_groups: int = Field(8, ge=1, description="groups of every GroupNorm; divides each entry of block_channels")
 
     @field_validator("block_channels")
@@ -42,7 +44,9 @@ class NetworkConfig(StageConfig):
             if level >= len(self.block_channels):
                 raise ValueError(f"attention level {level}, but the network has {len(self.block_channels)} levels")
             if self.block_channels[level] % self.head_channels:
-                raise ValueError(f"head_channels {self.head_channels} do not divide {self.block_channels[level]} channels")
+                raise ValueError(
+                    f"head_channels {self.head_channels} do not divide {self.block_channels[level]} channels"
+                )
         return self
 
     def build(self, num_classes: int) -> UNet2DModel:

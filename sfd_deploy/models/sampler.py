@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sfd_deploy.config import StageConfig
 from sfd_deploy.models.denoiser import karras_sigma
-
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -33,7 +33,7 @@ def heun(denoise: Denoise, latents: Tensor, labels: Tensor, config: SamplerConfi
     grid = karras_sigma(torch.linspace(1, 0, config.steps, dtype=torch.float64), config.sigma_min, config.sigma_max)
     sigmas = [*grid.tolist(), 0.0]
     noisy: Tensor = latents * sigmas[0]
-    for now, then in zip(sigmas, sigmas[1:], strict=False):
+    for now, then in pairwise(sigmas):
         slope: Tensor = (noisy - denoise(noisy, _level(now, labels), labels)) / now
         euler: Tensor = noisy + (then - now) * slope
         if then == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +59,11 @@ def resolve_device(name: str) -> str:
     """
     available = PROVIDERS["cuda"] in _import().get_available_providers()
     if name == "auto":
-        return "cuda" if available and os.path.exists("/dev/nvidiactl") else "cpu"
+        return "cuda" if available and Path("/dev/nvidiactl").exists() else "cpu"
     if name == "cuda" and not available:
-        raise BackendError("ONNX Runtime here has no CUDA provider", "pip install 'sfd-deploy[gpu]', or use --device cpu")
+        raise BackendError(
+            "ONNX Runtime here has no CUDA provider", "pip install 'sfd-deploy[gpu]', or use --device cpu"
+        )
     return name
 
 
@@ -70,5 +71,7 @@ def _import() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise BackendError("onnxruntime is not installed", "pip install 'sfd-deploy[cpu]' or 'sfd-deploy[gpu]'") from None
+        raise BackendError(
+            "onnxruntime is not installed", "pip install 'sfd-deploy[cpu]' or 'sfd-deploy[gpu]'"
+        ) from None
     return onnxruntime

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from sfd_deploy.export.stage import export_run
 
 from sfd_deploy.audit.stage import audit_run
 from sfd_deploy.evidence import ArtefactRecord
+from sfd_deploy.export.stage import export_run
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import verify
 from sfd_deploy.models.denoiser import EdmDenoiser

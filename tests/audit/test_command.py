@@ -74,6 +74,7 @@ def test_a_named_artefact_that_cannot_run_here_exits_three(command, run):
     seal_artefact(run, "trt-rtx-int8", b"plan")
     assert command(generator=forgetful, onnx_cpu_fp32=forgetful, onnx_cpu_int8=rough) == 0
     assert command("trt-rtx-int8", generator=forgetful) == 3
+    assert command("trt-rtx-int8", "onnx-cpu-int8", generator=forgetful, onnx_cpu_int8=rough) == 3
 
 
 def test_a_teacher_folder_is_asked_about_the_latest_runs_label_and_fails(command, run, world, tmp_path):

@@ -48,6 +48,12 @@ def test_speed_is_the_median_whole_batch():
     assert samples.images_per_second == pytest.approx(1000.0)
 
 
+def test_a_short_last_batch_does_not_count_as_a_slow_one():
+    cell = next(cell for cell in PLAN.cells if BATCH < cell.n < 2 * BATCH)
+    samples = draw(Winding(forgetful, drawn=1), PLAN, (cell,), "test", clock=clock)
+    assert samples.images_per_second == pytest.approx(1000.0)
+
+
 def test_fewer_images_than_a_batch_still_have_a_speed():
     cell = PLAN.cells[-1]
     assert cell.n < BATCH

@@ -75,7 +75,7 @@ def test_stock_diffusers_loads_the_folder_and_draws_the_same_images(tiny_run: Ru
     pipeline = DiffusionPipeline.from_pretrained(tiny_run.generator().folder)
     pipeline.set_progress_bar_config(disable=True)
     labels = torch.tensor([0, 1, 2, 1])
-    draw = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    draw = lambda: torch.Generator().manual_seed(5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers' own deprecations
         stock = pipeline(
@@ -132,7 +132,9 @@ def test_ema_is_ramped_so_that_the_start_is_forgotten():
 
 
 def test_network_config_builds_what_it_says():
-    config = NetworkConfig(image_size=16, channels=3, block_channels=(8, 16), attention_levels=(1,), head_channels=8, norm_groups=4)
+    config = NetworkConfig(
+        image_size=16, channels=3, block_channels=(8, 16), attention_levels=(1,), head_channels=8, norm_groups=4
+    )
     unet = config.build(5)
     assert unet.config["down_block_types"] == ("DownBlock2D", "AttnDownBlock2D")
     assert unet.config["up_block_types"] == ("AttnUpBlock2D", "UpBlock2D")

@@ -110,8 +110,8 @@ with launched(Path(sys.argv[1]), Triton(Path(sys.argv[2])), Path(sys.argv[3])) a
 @pytest.mark.triton
 def test_the_server_ends_when_the_process_that_launched_it_is_killed(repository, triton, tmp_path):
     command = [sys.executable, "-c", PARENT, str(repository / "python"), str(triton.folder), str(tmp_path / "log")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-        assert parent.stdout.readline() == b"up\n"
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as parent:
+        assert parent.stdout.readline() == b"up\n", parent.stdout.read().decode()
         assert "tritonserver" in server_processes(str(repository))
         parent.kill()
     for _ in range(300):
@@ -287,10 +287,12 @@ def test_a_binary_that_cannot_be_started_is_one_line(tmp_path):
         pytest.fail("there is no server")
 
 
-def test_the_reason_is_the_logs_last_error_else_its_last_line(tmp_path):
+def test_the_reason_is_the_models_own_words_else_the_last_error_else_the_last_line(tmp_path):
     log = tmp_path / "log"
     log.write_text('I1 a.cc:1] "fine"\nE2 b.cc:2] "first"\nE3 c.cc:3] "no such model\\n\\nAt:\\n  line 3"\nbye\n')
     assert reason_in(log) == "no such model"
+    log.write_text('sfd-deploy: model.onnx changed\nE3 c.cc:3] "giving up"\nwhat(): lock_exception\n')
+    assert reason_in(log) == "model.onnx changed"
     log.write_text("Error: nothing but words\n")
     assert reason_in(log) == "Error: nothing but words"
     log.write_text("")

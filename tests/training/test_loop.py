@@ -41,8 +41,8 @@ def test_at_the_first_step_only_forget_rows_have_a_gradient():
 
 def test_each_step_moves_its_own_network_alone():
     loop = tiny_loop()
-    snapshot = lambda net: [p.detach().clone() for p in net.parameters()]  # noqa: E731
-    same = lambda old, net: all(torch.equal(a, b) for a, b in zip(old, net.parameters(), strict=True))  # noqa: E731
+    snapshot = lambda net: [p.detach().clone() for p in net.parameters()]
+    same = lambda old, net: all(torch.equal(a, b) for a, b in zip(old, net.parameters(), strict=True))
     teacher, fake, generator = snapshot(loop.teacher), snapshot(loop.fake_score), snapshot(loop.generator)
     loop.fake_score_step(0)
     assert same(teacher, loop.teacher)

@@ -135,7 +135,9 @@ def test_gap_energy_estimates_the_fisher_divergence():
     assert energy.mean().item() == pytest.approx(8.484325677, abs=1e-8)
 
 
-def descend(alpha: float, gradient: Callable[[Tensor, Tensor], Tensor], m: float, s: float, updates: int) -> tuple[float, float]:
+def descend(
+    alpha: float, gradient: Callable[[Tensor, Tensor], Tensor], m: float, s: float, updates: int
+) -> tuple[float, float]:
     """Plain gradient descent on (m, ln s), step 0.5."""
     mean, log_s = torch.tensor(m, dtype=torch.float64), torch.tensor(math.log(s), dtype=torch.float64)
     for _ in range(updates):
@@ -152,9 +154,7 @@ COARSE = ddpm_levels(step=23)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
-@pytest.mark.parametrize(
-    ("target", "m", "s"), [(OVERRIDE, 3.0, 0.5), (OVERRIDE, -0.4, 0.407), (RETAINED, -0.3, 0.602)]
-)
+@pytest.mark.parametrize(("target", "m", "s"), [(OVERRIDE, 3.0, 0.5), (OVERRIDE, -0.4, 0.407), (RETAINED, -0.3, 0.602)])
 def test_descent_ends_at_the_target_class(alpha, target, m, s):
     found = descend(alpha, lambda mean, std: toy_loss(COARSE, mean, std, target, alpha), m, s, 101)
     assert found == pytest.approx((MU[target], TAU[target]), abs=1e-3)

@@ -47,7 +47,9 @@ def train(config: Path, output: Path) -> int:
     return exit_code_of(["train", "--config", str(config), "--output", str(output), "--threads", "1"])
 
 
-def test_a_run_records_its_lineage_and_what_it_forgot(teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_records_its_lineage_and_what_it_forgot(
+    teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     config = write_config(tmp_path, teacher.folder, iterations=3)
     assert exit_code_of(["train", "--config", str(config), "-o", str(tmp_path / "run"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -140,7 +142,9 @@ def test_a_tampered_teacher_is_refused_by_name(teacher: Sealed, tmp_path: Path, 
     assert "diffusion_pytorch_model.safetensors" in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_written_is_one_line(teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_place_that_cannot_be_written_is_one_line(
+    teacher: Sealed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "file").write_text("")
     assert train(write_config(tmp_path, teacher.folder, iterations=1), tmp_path / "file" / "run") == 2
     assert "cannot be written" in capsys.readouterr().err
