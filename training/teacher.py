@@ -50,7 +50,6 @@ class TeacherConfig(StageConfig):
     log_sigma_std: float = Field(1.2, gt=0)
     sigma_data: float = Field(0.5, gt=0)
     precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast of the network's forward pass")
-    compile: bool = Field(False, description="torch.compile the network: about 1.4 times as fast on a CPU")
     seed: int = Field(0, ge=0)
 
 
@@ -94,7 +93,7 @@ def train_teacher(config: TeacherConfig, data: LabelledImages, checkpoint_file: 
     optimiser = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, fused=True)
     checkpoint = Checkpoint(checkpoint_file, {"net": unet, "ema": ema.network}, {"adam": optimiser}, config.resolved())
     step, _ = checkpoint.restore()
-    denoiser = EdmDenoiser(torch.compile(unet) if config.compile else unet, config.sigma_data)
+    denoiser = EdmDenoiser(unet, config.sigma_data)
     total = total_steps(config)
     with progress_bar("teacher", total, step) as advance:
         while step < total:

@@ -80,7 +80,8 @@ def verified_facts(folder: Path) -> dict[str, Any]:
 def load_module(path: Path) -> Any:
     """Import a file by its path: nothing else of that name can come first."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    assert spec is not None  # a .py file always has a loader
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)

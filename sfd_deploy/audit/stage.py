@@ -96,7 +96,7 @@ def audit_folder(
     """
     instruments = Instruments(policy, tuple(judges), teacher, device, open or open_runtime)
     instruments.require_fit(labels, sealed.name)
-    return _Audit(home.name, home, Plan.of(policy, labels), instruments).carry_out(
+    return _Audit(sealed.name, home, Plan.of(policy, labels), instruments).carry_out(
         (Subject(sealed),), None, (sealed.name,)
     )
 

@@ -33,8 +33,8 @@ def audit(
 ) -> int:  # fmt: skip
     """Audit what was exported: forget rate with exact bounds, retained quality, parity; verdict and HTML report.
 
-    Left out, SUBJECTS is everything that the latest run exported. It can be a run, names or folders of
-    its artefacts, or the folder of a teacher. Exit code: 0 passed, 1 failed, 3 not proved.
+    Without arguments: everything that the latest run exported. An argument is a run, the name or folder
+    of one of its artefacts, or the folder of a teacher. Exit code: 0 passed, 1 failed, 3 not proved.
     """
     from sfd_deploy.audit.selection import select
     from sfd_deploy.audit.stage import audit_selection

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +45,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 def exit_code_of(arguments: Sequence[str] | None = None) -> int:
     """Run a command; report an error in one line on stderr and return the exit code."""
+    # diffusers decorates CUDA autocast at import and warns of it on a machine without a GPU.
+    warnings.filterwarnings("ignore", message="CUDA is not available", category=UserWarning)
     try:
         result = main.main(args=arguments, prog_name="sfd-deploy", standalone_mode=False)
     except errors.SfdError as error:

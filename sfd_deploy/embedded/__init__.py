@@ -47,4 +47,6 @@ def judges_for(class_names: tuple[str, ...]) -> list[Path]:
         folders = sorted((HERE / name).glob("judge-*"))
         if folders and tuple(verify(folders[0], "judge").facts["class_names"]) == class_names:
             return folders
-    raise RunError("no shipped judge knows these classes", "train two with `sfd-deploy judge` and name them with --judge")
+    raise RunError(
+        "no shipped judge knows these classes", "train two with `sfd-deploy judge` and name them with --judge"
+    )

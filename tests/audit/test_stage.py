@@ -116,7 +116,7 @@ def test_the_teacher_itself_fails(tmp_path, world):
     record, sealed = audit_folder(world.teacher, LABELS, tmp_path / "audit-of-painter", policy=POLICY,
                                   judges=world.judges, teacher=world.teacher, open=opener)  # fmt: skip
     assert verdicts(record) == {"painter": "fail"}
-    assert record.exit_code == 1
+    assert (record.run, record.exit_code) == ("painter", 1)
     row = record.artefacts[0]
     assert row.figures is not None
     # Its retained quality is the yardstick's own: nothing but forgetting is wrong with it.

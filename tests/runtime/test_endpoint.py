@@ -98,7 +98,7 @@ def test_an_address_where_nothing_answers_is_named(protocol):
 
 
 def test_an_address_with_a_scheme_is_refused_in_one_line():
-    with pytest.raises(BackendError, match="http://127.0.0.1:8000: has a scheme"):
+    with pytest.raises(BackendError, match=r"http://127.0.0.1:8000: has a scheme"):
         TritonRuntime("http://127.0.0.1:8000", "m", "http")
 
 
