@@ -33,10 +33,10 @@ demo: set-up  ## the main job, end to end, on real input (about ten minutes on t
 	$(BIN)/sfd-deploy demo --triton $(TRITON) --set-up-seconds "$$(cat $(VENV)/set-up-seconds 2>/dev/null || echo 0)"
 
 test: set-up  ## the fast suite, with coverage
-	SFD_DEPLOY_TRITON=$(TRITON) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90
+	SFD_DEPLOY_TRITON=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-all: set-up  ## the fast suite and the slow tests
-	SFD_DEPLOY_TRITON=$(TRITON) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	SFD_DEPLOY_TRITON=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 lint: set-up  ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)
