@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-Command = Callable[..., Any]
+LOG_WIDTH = 160
 
 run_argument = click.argument("run", required=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
@@ -43,12 +44,14 @@ def show(value: Any, as_json: bool, people: Callable[[Console], None]) -> None:
     if as_json:
         click.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        people(Console())
+        console = Console()
+        # A pipe or a log has no width: wrapping at 80 columns would only break tables.
+        people(console if console.is_terminal else Console(width=LOG_WIDTH))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table; the first column is left-aligned, the others right-aligned."""
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE)
     for index, column in enumerate(columns):
         # Names are never broken: they are what is typed next.
         drawn.add_column(column, justify="right" if index else "left", overflow="fold", no_wrap=index == 0)
