@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from sfd_deploy.cli.options import json_option, run_argument, show, table
+from sfd_deploy.errors import SfdError
 
 if TYPE_CHECKING:
     from sfd_deploy.manifest import Sealed
@@ -73,17 +78,54 @@ def set_up(folder: Path, as_json: bool) -> None:
 
 
 def keep_running(run: Run, repository: Sealed, triton: Triton, ports: Ports, as_json: bool) -> None:
-    """Serve the python repository until Ctrl-C or SIGTERM, which both end the server cleanly."""
+    """Serve the python repository until Ctrl-C or SIGTERM, which both end the server cleanly.
+
+    Raises:
+        KeyboardInterrupt: it was told to stop.
+    """
     from sfd_deploy.serving.launch import launched, servable
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (
+        handled_by(signal.default_int_handler),
+        launched(servable(repository), triton, run.work / "triton.log", ports) as server,
+        stopped_by_signals(server),
+    ):
+        value = describe(repository, server)
+        show(value, as_json, lambda console: print_server(console, value, server))
+        server.wait()
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to ``handler`` while the block runs, also where SIGINT was inherited as ignored."""
+    before = {order: signal.signal(order, handler) for order in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with launched(servable(repository), triton, run.work / "triton.log", ports) as server:
-            value = describe(repository, server)
-            show(value, as_json, lambda console: print_server(console, value, server))
-            server.wait()
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for order, earlier in before.items():
+            signal.signal(order, earlier)
+
+
+@contextmanager
+def stopped_by_signals(server: Server) -> Iterator[None]:
+    """A signal ends the server, and the block with it.
+
+    An exception raised by a handler can be lost where Python ignores exceptions (a destructor, a C callback);
+    the end of the server's process cannot.
+    """
+    told = Event()
+
+    def stop(_order: int, _frame: FrameType | None) -> None:
+        told.set()
+        server.process.terminate()
+
+    with handled_by(stop):
+        try:
+            yield
+        except SfdError:
+            if told.is_set():
+                raise KeyboardInterrupt from None
+            raise
 
 
 def describe(repository: Sealed, server: Server | None = None) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def test_a_port_in_use_is_exit_2_and_named(run, triton, capsys):
 @contextmanager
 def running(run: Run, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own, killed at the end if it is still there."""
-    code = "from sfd_deploy.cli.main import run; run()"
+    # A job in the background inherits an ignored SIGINT; the command must stop all the same.
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from sfd_deploy.cli.main import run; run()"
     command = [sys.executable, "-c", code, "serve", str(run.folder), "--launch", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -141,7 +142,7 @@ def test_launch_prints_where_it_answers_and_stops_cleanly_when_told(run, triton,
         with socket.create_connection((host, int(port))):
             pass
         process.send_signal(order)
-        assert process.wait(120) == 130
+        assert process.wait(60) == 130
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((host, int(port)))
     assert "Signal (15) received" in (run.work / "triton.log").read_text()
