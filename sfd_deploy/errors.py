@@ -39,6 +39,10 @@ class DataError(SfdError):
     """A data set that is missing, unreadable, or not what it claims to be."""
 
 
+class ModelError(SfdError):
+    """A model folder of a layout, network or parameterisation that cannot be used."""
+
+
 class DigestError(SfdError):
     """A file's bytes are not the ones its manifest recorded."""
 

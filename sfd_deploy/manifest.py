@@ -24,7 +24,7 @@ from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import DigestError, ManifestError
 
 MANIFEST = "manifest.json"
-Kind = Literal["teacher", "judge", "generator", "artefact", "reference", "audit", "repository"]
+Kind = Literal["teacher", "judge", "generator", "fake-score", "artefact", "reference", "audit", "repository"]
 TOOLS = ("sfd-deploy", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
          "tensorrt-rtx-cu12-bindings", "numpy", "safetensors", "tritonclient")  # fmt: skip
 

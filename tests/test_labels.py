@@ -35,3 +35,39 @@ def test_contradictions_are_refused_in_one_line(forget, message):
     with pytest.raises(LabelError, match=message) as caught:
         LABELS.forgetting(forget)
     assert "\n" not in str(caught.value)
+
+
+def test_what_was_forgotten_earlier_stays_forgotten_with_its_override():
+    earlier = LABELS.forgetting({"Trouser": "Bag"})
+    assert earlier.forgetting({"Pullover": "Bag"}).forget == {1: 3, 2: 3}
+    assert earlier.forgetting({}) == earlier
+    assert earlier.forgetting({1: 3}) == earlier
+
+
+@pytest.mark.parametrize(
+    ("forget", "message"),
+    [
+        ({"Trouser": "Pullover"}, "Trouser was forgotten earlier, Bag in its place"),
+        ({"Pullover": "Trouser"}, "override Trouser was forgotten earlier"),
+        ({"Bag": "Pullover"}, "override Bag is forgotten itself and cannot stand for Trouser"),
+        ({"Trouser": "mixture"}, "Trouser was forgotten earlier"),
+    ],
+)
+def test_teaching_anew_what_was_forgotten_earlier_is_refused(forget, message):
+    with pytest.raises(LabelError, match=message):
+        LABELS.forgetting({"Trouser": "Bag"}).forgetting(forget)
+
+
+def test_a_mixture_stands_for_every_retained_label():
+    found = LABELS.forgetting({"Trouser": "mixture", "T-shirt/top": "Bag"})
+    assert found.overrides_of(1) == (2, 3) == found.overrides
+    assert found.overrides_of(0) == (3,)
+    assert found.override_name(1) == "a mixture of the retained classes"
+    assert Labels.from_mapping(found.resolved(), "a manifest") == found
+    named = Labels(class_names=("Mixture", "Bag")).forgetting({"Bag": "mixture"})
+    assert named.forget == {1: 0}  # a class of that name is that class
+
+
+def test_forgetting_every_label_is_refused():
+    with pytest.raises(LabelError, match="no label is retained"):
+        Labels(class_names=("a", "b")).forgetting({"a": "mixture", "b": "mixture"})

@@ -1,7 +1,7 @@
 """Teachers and one-step generators as folders: plain diffusers, no custom code.
 
 A generator is a denoiser called once on pure noise at a fixed level: ``x = D(sigma_init * z; sigma_init, c)``
-(SiD, arXiv 2404.04057), which is what diffusers' ``ConsistencyModelPipeline`` computes in one step.
+(SiD, arXiv 2404.04057), which stock diffusers computes in one step of the scheduler in its folder.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sfd_deploy.errors import ManifestError
+from sfd_deploy.errors import LabelError, ManifestError, ModelError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import Sealed
-from sfd_deploy.models.denoiser import EdmDenoiser
+from sfd_deploy.models.denoiser import Denoiser
+from sfd_deploy.models.folder import contiguous, read_denoiser, write_denoiser
 
 if TYPE_CHECKING:
-    from diffusers import CMStochasticIterativeScheduler, UNet2DModel
+    from diffusers import UNet2DModel
 
 
 class OneStepGenerator(nn.Module):
     """Standard-normal latents (B, C, H, W) and labels (B,) to images in [-1, 1], the whole step.
 
-    This module is what is exported: noise scale, preconditioning, network, clamp.
+    This module is what is exported: noise scale, preconditioning, network, clamp. ``sigma_init`` is
+    the noise level nearest to the one given that the network was trained at.
     """
 
-    def __init__(self, denoiser: EdmDenoiser, sigma_init: float) -> None:
+    def __init__(self, denoiser: Denoiser, sigma_init: float) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.sigma_init = sigma_init
+        self.sigma_init = denoiser.nearest_sigma(sigma_init)
 
     def unclamped(self, latents: Tensor, labels: Tensor) -> Tensor:
         """The step without the final clamp, as training sees it."""
@@ -56,37 +58,81 @@ def image_shape(unet: UNet2DModel) -> tuple[int, int, int]:
 
 
 def save_generator(generator: OneStepGenerator, folder: Path) -> None:
-    """Write ``generator`` as a ``ConsistencyModelPipeline`` folder."""
-    from diffusers import ConsistencyModelPipeline
+    """Write ``generator`` as stock diffusers: a ``ConsistencyModelPipeline`` where that computes the same step.
 
-    ConsistencyModelPipeline(
-        unet=_contiguous(generator.denoiser.unet),
-        scheduler=one_step_scheduler(generator.sigma_init, generator.denoiser.sigma_data),
-    ).save_pretrained(folder, safe_serialization=True)
+    That is EDM with diffusers' consistency timesteps. Others are ``unet/`` and ``scheduler/`` alone;
+    docs/teachers.md has the loop that draws with them.
+    """
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
-
-def one_step_scheduler(sigma_init: float, sigma_data: float) -> CMStochasticIterativeScheduler:
-    """The scheduler whose single step is the generator. ``sigma_min=0``: diffusers' default shifts images by 4e-4."""
-    from diffusers import CMStochasticIterativeScheduler
-
-    return CMStochasticIterativeScheduler(
-        sigma_min=0.0, sigma_max=sigma_init, sigma_data=sigma_data, num_train_timesteps=40, clip_denoised=True
-    )
+    scheduler = generator.denoiser.one_step_scheduler(generator.sigma_init)
+    if isinstance(scheduler, CMStochasticIterativeScheduler):
+        ConsistencyModelPipeline(unet=contiguous(generator.denoiser.unet), scheduler=scheduler).save_pretrained(
+            folder, safe_serialization=True
+        )
+    else:
+        write_denoiser(generator.denoiser, folder, scheduler)
 
 
 def load_generator(sealed: Sealed) -> OneStepGenerator:
-    """The generator of a verified folder, ready for inference."""
-    return OneStepGenerator(_load_denoiser(sealed), float(sealed.facts["sigma_init"])).eval()
+    """The generator of a verified folder, ready for inference.
+
+    Raises:
+        ModelError: a layout or parameterisation that cannot be used.
+    """
+    return OneStepGenerator(_denoiser_of(sealed), float(sealed.facts["sigma_init"])).eval()
 
 
-def save_teacher(denoiser: EdmDenoiser, folder: Path) -> None:
-    """Write a teacher's network below ``folder/unet``; its sigma_data and class names go into the manifest's facts."""
-    _contiguous(denoiser.unet).save_pretrained(folder / "unet", safe_serialization=True)
+def save_teacher(denoiser: Denoiser, folder: Path) -> None:
+    """Write a teacher as ``unet/`` and ``scheduler/``; its class names go into the manifest's facts."""
+    write_denoiser(denoiser, folder, denoiser.scheduler())
 
 
-def load_teacher(sealed: Sealed) -> EdmDenoiser:
-    """The denoiser of a verified teacher folder."""
-    return _load_denoiser(sealed).eval()
+def load_teacher(sealed: Sealed) -> Denoiser:
+    """The denoiser of a verified teacher folder, one label a class.
+
+    Raises:
+        ModelError: a layout or parameterisation that cannot be used; weights or images that are not finite.
+        LabelError: the network knows another number of labels than the folder records.
+    """
+    denoiser = _denoiser_of(sealed)
+    keep_labels(denoiser.unet, labels_of(sealed).count, sealed.folder)
+    require_finite(denoiser, sealed.folder)
+    return denoiser.eval()
+
+
+@torch.no_grad()
+def require_finite(denoiser: Denoiser, where: Path) -> None:
+    """Refuse a teacher with a weight, or a first image, that is NaN or infinite.
+
+    Raises:
+        ModelError: naming it.
+    """
+    for name, weight in denoiser.unet.named_parameters():
+        if not weight.isfinite().all():
+            raise ModelError(f"{where}: non-finite teacher: {name} holds NaN or infinity", "save its weights again")
+    sigma = denoiser.nearest_sigma(1.0)
+    noisy = torch.zeros(1, *image_shape(denoiser.unet))
+    clean = denoiser.eval()(noisy, torch.tensor([sigma]), torch.zeros(1, dtype=torch.int64))
+    if not clean.isfinite().all():
+        raise ModelError(f"{where}: non-finite teacher: its prediction at sigma {sigma:.3g} is not a number",
+                         "save its weights again, in float32")  # fmt: skip
+
+
+def keep_labels(unet: UNet2DModel, classes: int, where: Path) -> None:
+    """Drop the null label of guided training, the one row behind the classes: nothing may draw by it.
+
+    Raises:
+        LabelError: the network's labels are neither the classes nor those and one more.
+    """
+    rows = unet.config["num_class_embeds"]
+    if rows == classes:
+        return
+    if rows != classes + 1:
+        raise LabelError(f"{where}: the network knows {rows} labels, {classes} classes are named", f"name {rows}")
+    table = unet.class_embedding.weight[:classes].clone()
+    unet.class_embedding = nn.Embedding.from_pretrained(table, freeze=True)
+    unet.register_to_config(num_class_embeds=classes)
 
 
 def labels_of(sealed: Sealed) -> Labels:
@@ -100,14 +146,7 @@ def labels_of(sealed: Sealed) -> Labels:
     return Labels.from_mapping(sealed.facts["labels"], str(sealed.folder))
 
 
-def _load_denoiser(sealed: Sealed) -> EdmDenoiser:
-    from diffusers import UNet2DModel
-
-    unet = UNet2DModel.from_pretrained(sealed.folder / "unet", use_safetensors=True, local_files_only=True)
-    unet = unet.to(memory_format=torch.channels_last).requires_grad_(False)
-    return EdmDenoiser(unet, float(sealed.facts["sigma_data"]))
-
-
-def _contiguous(unet: UNet2DModel) -> UNet2DModel:
-    # safetensors stores row-major tensors only; training keeps them channels-last.
-    return unet.to(memory_format=torch.contiguous_format)
+def _denoiser_of(sealed: Sealed) -> Denoiser:
+    # Teachers sealed by 0.1 have no scheduler/: EDM, with sigma_data among the facts.
+    sigma_data = sealed.facts.get("sigma_data")
+    return read_denoiser(sealed.folder, None if sigma_data is None else float(sigma_data))

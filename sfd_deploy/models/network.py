@@ -74,16 +74,17 @@ class NetworkConfig(StageConfig):
 
 
 class Ema:
-    """Exponential moving average of a network's parameters, with the ramp min(decay, (1 + k) / (10 + k))."""
+    """Exponential moving average of a network's parameters, with the ramp min(decay, (1 + k) / (10 + k)) or none."""
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float, ramp: bool = True) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
+        self.ramp = ramp
 
     @torch.no_grad()
     def update(self, source: nn.Module, step: int) -> None:
         """Move towards ``source`` after optimiser step number ``step`` (from 0)."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        weight = 1 - (min(self.decay, (1 + step) / (10 + step)) if self.ramp else self.decay)
         ours: list[Tensor] = list(self.network.parameters())
         theirs: list[Tensor] = list(source.parameters())
         torch._foreach_lerp_(ours, theirs, weight)

@@ -26,6 +26,11 @@ class SamplerConfig(StageConfig):
         """Evaluations per image: two a step, one in the last."""
         return 2 * self.steps - 1
 
+    def within(self, sigma_range: tuple[float, float]) -> SamplerConfig:
+        """These steps over the part of the noise range that a denoiser knows."""
+        low, high = sigma_range
+        return self.model_copy(update={"sigma_min": max(self.sigma_min, low), "sigma_max": min(self.sigma_max, high)})
+
 
 @torch.no_grad()
 def heun(denoise: Denoise, latents: Tensor, labels: Tensor, config: SamplerConfig) -> Tensor:
@@ -44,4 +49,4 @@ def heun(denoise: Denoise, latents: Tensor, labels: Tensor, config: SamplerConfi
 
 
 def _level(sigma: float, labels: Tensor) -> Tensor:
-    return torch.full(labels.shape, sigma, dtype=torch.float32)
+    return torch.full(labels.shape, sigma, dtype=torch.float32, device=labels.device)

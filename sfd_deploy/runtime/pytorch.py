@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sfd_deploy.errors import BackendError
 from sfd_deploy.latents import Latents
-from sfd_deploy.models.denoiser import EdmDenoiser
+from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator, image_shape
 from sfd_deploy.models.sampler import SamplerConfig, heun
 from sfd_deploy.runtime.seam import Images
@@ -42,11 +42,11 @@ class TeacherRuntime:
 
     name = "pytorch"
 
-    def __init__(self, denoiser: EdmDenoiser, sampler: SamplerConfig, device: str = "cpu") -> None:
+    def __init__(self, denoiser: Denoiser, sampler: SamplerConfig, device: str = "cpu") -> None:
         self.denoiser = denoiser.to(device)
-        self.sampler = sampler
+        self.sampler = sampler.within(denoiser.sigma_range)
         self.device = device
-        self.settings: dict[str, Any] = {"device": device, "arithmetic": "fp32", **sampler.resolved()}
+        self.settings: dict[str, Any] = {"device": device, "arithmetic": "fp32", **self.sampler.resolved()}
         self.image_shape = image_shape(denoiser.unet)
 
     @torch.inference_mode()

@@ -1,0 +1,219 @@
+"""A denoiser as a plain diffusers folder: which network and which scheduler make which parameterisation.
+
+Two layouts: ``unet/`` and ``scheduler/`` below one folder, as pipelines are saved; or a bare network
+(``config.json``) with ``scheduler_config.json`` beside it. Only JSON and safetensors are ever read, and
+only the classes named here are ever made, whatever a config asks for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfd_deploy.errors import ModelError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+    from sfd_deploy.models.denoiser import Denoiser
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+AS_UNET = "save it from diffusers with UNet2DModel.save_pretrained(FOLDER, safe_serialization=True)"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a diffusers folder keeps its network and its scheduler config (None: it has none)."""
+
+    network: Path
+    scheduler: Path | None
+
+    def files(self, folder: Path) -> list[Path]:
+        """What is read of the folder, sorted."""
+        network = [path for path in self.network.iterdir() if path.suffix in {".json", ".safetensors"}]
+        index = folder / "model_index.json"
+        return sorted({*network, *([self.scheduler] if self.scheduler else []), *([index] if index.is_file() else [])})
+
+    def network_config(self) -> dict[str, Any]:
+        """The network's config.
+
+        Raises:
+            ModelError: not a class-conditional image network that this method can take.
+        """
+        return require_usable(read_json(self.network / "config.json"), self.network)
+
+
+def find_layout(folder: Path) -> Layout:
+    """The layout of ``folder``.
+
+    Raises:
+        ModelError: neither of the two, or its weights are pickles.
+    """
+    network = folder / "unet" if (folder / "unet").is_dir() else folder
+    if not (network / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: neither unet/config.json nor config.json in it",
+            "give a diffusers pipeline or UNet2DModel folder",
+        )
+    if not any(network.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in PICKLES for path in network.glob(pattern))
+        found = f"only {pickles[0]}, a pickle that could run code" if pickles else "no weights"
+        raise ModelError(f"{network}: {found}", AS_UNET)
+    configs = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
+    return Layout(network, next((path for path in configs if path.is_file()), None))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ModelError: unreadable, or something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ModelError(f"{path}: not readable JSON", "save the model again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object", "save the model again")
+    return value
+
+
+def require_usable(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """``config`` if it is that of a class-conditional ``UNet2DModel`` with images in and images out.
+
+    Raises:
+        ModelError: naming what is in the way.
+    """
+    name = config.get("_class_name")
+    if name != "UNet2DModel":
+        raise ModelError(f"{where}: the network is a {name}, not a UNet2DModel", "give a class-conditional image model")
+    if config.get("num_class_embeds") is None or config.get("class_embed_type") is not None:
+        raise ModelError(
+            f"{where}: the network takes no class labels (num_class_embeds), so no class can be forgotten",
+            "give a class-conditional model",
+        )
+    if config.get("in_channels") != config.get("out_channels"):
+        raise ModelError(
+            f"{where}: {config.get('in_channels')} channels in, {config.get('out_channels')} out: a learned variance",
+            "give a model that predicts the mean alone",
+        )
+    if config.get("time_embedding_type", "positional") != "positional":
+        raise ModelError(
+            f"{where}: time_embedding_type is {config['time_embedding_type']}",
+            "give a model with positional embeddings",
+        )
+    if config.get("sample_size") is None:
+        raise ModelError(f"{where}: its config has no sample_size", "add the image size to config.json")
+    return config
+
+
+def read_denoiser(folder: Path, sigma_data: float | None = None) -> Denoiser:
+    """The denoiser of a diffusers folder, frozen; ``sigma_data`` says that a network without scheduler is EDM's.
+
+    Raises:
+        ModelError: a layout, network, parameterisation or weight file that cannot be used.
+    """
+    layout = find_layout(folder)
+    layout.network_config()
+    build = denoiser_builder(layout, sigma_data)
+    return build(_read_network(layout.network))
+
+
+def denoiser_builder(layout: Layout, sigma_data: float | None = None) -> Callable[[UNet2DModel], Denoiser]:
+    """What puts a network under the parameterisation that the scheduler's config says; reads no weights.
+
+    Raises:
+        ModelError: there is no config, or what it says is unknown or contradicts itself.
+    """
+    from sfd_deploy.models.denoiser import EdmDenoiser
+
+    if layout.scheduler is not None:
+        config, where = read_json(layout.scheduler), layout.scheduler
+    elif sigma_data is not None:
+        return lambda unet: EdmDenoiser(unet, sigma_data)
+    else:
+        raise ModelError(
+            f"{layout.network}: prediction type missing: no scheduler_config.json beside it",
+            "save the scheduler that the model was trained with into scheduler/",
+        )
+    return _builder(config, where)
+
+
+def _builder(config: Mapping[str, Any], where: Path) -> Callable[[UNet2DModel], Denoiser]:
+    from sfd_deploy.models.denoiser import EdmDenoiser, FlowDenoiser
+
+    name = config.get("_class_name")
+    if name in {"DDPMScheduler", "DDIMScheduler"}:
+        return _discrete_builder(config, where)
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return lambda unet: FlowDenoiser(unet, int(config.get("num_train_timesteps", 1000)))
+    if name == "CMStochasticIterativeScheduler":
+        # What is missing is diffusers' default.
+        low = float(config.get("sigma_min", 0.002))
+        return lambda unet: EdmDenoiser(unet, float(config.get("sigma_data", 0.5)), sigma_min=low)
+    if name in {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}:
+        if (predicted := config.get("prediction_type", "epsilon")) != "epsilon":
+            raise ModelError(
+                f"{where}: {predicted} on a schedule that does not preserve variance",
+                "v-prediction needs a DDPMScheduler or DDIMScheduler",
+            )
+        return lambda unet: EdmDenoiser(unet, float(config.get("sigma_data", 0.5)), timestep_scale=0.25)
+    raise ModelError(
+        f"{where}: scheduler {name} is unknown",
+        "save a DDPM, DDIM, EDM Euler or flow-matching Euler scheduler of the schedule that the model was trained on",
+    )
+
+
+def _discrete_builder(config: Mapping[str, Any], where: Path) -> Callable[[UNet2DModel], Denoiser]:
+    import diffusers
+
+    from sfd_deploy.models.denoiser import PREDICTIONS, DiscreteDenoiser
+
+    predicted = config.get("prediction_type")
+    if predicted not in PREDICTIONS:
+        fault = "prediction type missing" if predicted is None else f"prediction type {predicted!r} is unknown"
+        raise ModelError(f"{where}: {fault}", f"write prediction_type: {', '.join(PREDICTIONS)}")
+    try:
+        scheduler = getattr(diffusers, str(config["_class_name"])).from_config(dict(config))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ModelError(f"{where}: not a schedule that diffusers makes ({error})", "mend the config") from None
+    return lambda unet: DiscreteDenoiser(unet, scheduler)
+
+
+def _read_network(folder: Path) -> UNet2DModel:
+    import torch
+    from diffusers import UNet2DModel
+    from safetensors import SafetensorError
+
+    try:
+        unet, found = UNet2DModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"{folder}: its weights cannot be loaded ({reason})", AS_UNET) from None
+    # diffusers only logs these, and leaves what is missing at random numbers.
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[fault]:
+            raise ModelError(
+                f"{folder}: weights do not fit config.json ({fault.replace('_', ' ')}: {sorted(found[fault])[0]})",
+                AS_UNET,
+            )
+    frozen: UNet2DModel = unet.to(memory_format=torch.channels_last).requires_grad_(False)
+    return frozen
+
+
+def write_denoiser(denoiser: Denoiser, folder: Path, scheduler: Any) -> None:
+    """Write the network to ``folder/unet`` and ``scheduler``'s config to ``folder/scheduler``."""
+    contiguous(denoiser.unet).save_pretrained(folder / "unet", safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+def contiguous(unet: UNet2DModel) -> UNet2DModel:
+    """Safetensors stores row-major tensors only; training keeps them channels-last."""
+    import torch
+
+    return unet.to(memory_format=torch.contiguous_format)

@@ -1,0 +1,143 @@
+"""Opening a teacher, wherever it is from: one verified, digested input for every stage.
+
+A teacher is a folder that ``sfd-deploy teacher`` sealed, the name of a shipped one, anybody's diffusers
+folder, or a model hub's ``owner/name[@revision]``. A foreign folder has no manifest, so one is made in
+memory: its digest is that of the files that will be read, the same on every machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sfd_deploy.embedded import embedded_names, resolve
+from sfd_deploy.errors import LabelError, ModelError, RunError
+from sfd_deploy.labels import Labels
+from sfd_deploy.manifest import MANIFEST, FileRecord, Manifest, Sealed, digest_of, sha256_file, verify
+from sfd_deploy.models.folder import Layout, denoiser_builder, find_layout, read_json
+from sfd_deploy.models.generator import labels_of
+from sfd_deploy.models.sampler import SamplerConfig
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+PARTS = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json")
+DOWNLOADED = ("model_index.json", "scheduler_config.json", "scheduler/scheduler_config.json", *PARTS,
+              *(f"unet/{part}" for part in PARTS))  # fmt: skip
+
+
+def open_teacher(reference: str | Path, *, class_names: Sequence[str] = (), revision: str | None = None) -> Sealed:
+    """The verified teacher that ``reference`` names.
+
+    ``class_names`` name a foreign teacher's labels in order; left out, its ``model_index.json`` does
+    (``id2label``), or numbers do. A network with one label more than names has a null label last.
+
+    Raises:
+        RunError: no such folder, shipped teacher or hub model.
+        ModelError: a layout, network or parameterisation that cannot be used.
+        LabelError: the class names do not fit the network's labels.
+        ManifestError, DigestError: a sealed folder is not what its manifest says.
+    """
+    if Path(reference).is_dir():
+        return _open_folder(Path(reference), Path(reference).resolve().name, str(reference), class_names)
+    if str(reference) in embedded_names():
+        return _named(resolve(reference, "teacher"), class_names)
+    name, _, suffix = str(reference).partition("@")
+    # Below a folder that is here, a name is a mistyped path, not somebody on a hub.
+    if HUB_NAME.fullmatch(name) and not Path(name).parent.is_dir():
+        folder = _download(name, revision or suffix or None)
+        # A snapshot's folder is called by its commit: the reference finds these bytes again.
+        return _foreign(folder, name, f"{name}@{folder.name}", class_names)
+    return resolve(reference, "teacher")  # raises, with the nearest shipped name
+
+
+def _open_folder(folder: Path, name: str, reference: str, class_names: Sequence[str]) -> Sealed:
+    if (folder / MANIFEST).is_file():
+        return _named(verify(folder, "teacher"), class_names)
+    return _foreign(folder, name, reference, class_names)
+
+
+def _named(sealed: Sealed, class_names: Sequence[str]) -> Sealed:
+    recorded = labels_of(sealed).class_names
+    if class_names and tuple(class_names) != recorded:
+        raise LabelError(
+            f"{sealed.folder}: its manifest names the classes {', '.join(recorded)}", "leave class_names out"
+        )
+    return sealed
+
+
+def _foreign(folder: Path, name: str, reference: str, class_names: Sequence[str]) -> Sealed:
+    layout = find_layout(folder)
+    config = layout.network_config()
+    denoiser_builder(layout)  # refuse a parameterisation before gigabytes are hashed
+    names = name_classes(folder, config["num_class_embeds"], tuple(class_names), _index(folder))
+    size = config["sample_size"]
+    facts = {
+        "labels": Labels(class_names=names).resolved(),
+        "image_shape": [config["in_channels"], *([size, size] if isinstance(size, int) else size)],
+        "sampler": SamplerConfig().resolved(),
+        "reference": reference,
+    }
+    files = hash_files(folder, layout)
+    manifest = Manifest(
+        kind="teacher", name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), files=files, parents=(),
+        config={}, seed=None, versions={}, host={}, facts=facts,
+    )  # fmt: skip
+    return Sealed(folder, manifest, digest_of({path: record.sha256 for path, record in files.items()}))
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else {}
+    if index.get("_class_name") == "ConsistencyModelPipeline":
+        raise ModelError(
+            f"{folder}: a consistency model or one-step generator, not a teacher",
+            "give the model it was distilled from",
+        )
+    return index
+
+
+def name_classes(folder: Path, rows: int, given: tuple[str, ...], index: dict[str, Any]) -> tuple[str, ...]:
+    """Names of a network's ``rows`` labels: those given, else the pipeline index' ``id2label``, else numbers.
+
+    Raises:
+        LabelError: they are neither ``rows`` nor, with a null label last, one fewer.
+    """
+    if not given and isinstance(index.get("id2label"), dict):
+        given = _index_names(folder, index["id2label"])
+    if not given:
+        return tuple(str(label) for label in range(rows))
+    if len(given) not in {rows, rows - 1}:
+        raise LabelError(
+            f"{folder}: the network knows {rows} labels, {len(given)} classes are named",
+            f"name {rows}, or {rows - 1} if the last label is the null label of guided training",
+        )
+    return given
+
+
+def _index_names(folder: Path, id2label: dict[str, Any]) -> tuple[str, ...]:
+    try:
+        return tuple(str(id2label[str(label)]) for label in range(len(id2label)))
+    except KeyError as missing:
+        raise LabelError(f"{folder}: id2label has no label {missing}", "mend model_index.json") from None
+
+
+def hash_files(folder: Path, layout: Layout) -> dict[str, FileRecord]:
+    """Digest and size of every file that is read of a foreign folder, by its name there."""
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
+        for path in layout.files(folder)
+    }
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(DOWNLOADED)))
+    except (OSError, ValueError) as error:  # every error of its own is one of the two
+        raise RunError(
+            f"{repository}: no such folder, and the model hub did not give it ({type(error).__name__})",
+            "mend the name or revision, or go online",
+        ) from None
