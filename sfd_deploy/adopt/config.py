@@ -1,0 +1,67 @@
+"""What ``sfd-deploy adopt`` can be told of a generator that came without a manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from sfd_deploy.config import StageConfig
+from sfd_deploy.errors import LabelError
+
+# In every configuration that the official code ships; it is 2.502 in noise levels of that schedule.
+OFFICIAL_TIMESTEP = 440
+
+
+class AdoptConfig(StageConfig):
+    """A one-step generator trained elsewhere, and what is claimed of it."""
+
+    source: str = Field(description="a diffusers folder; for a conversion, the checkpoint file")
+    teacher: str | None = Field(None, description="what it was distilled from: the yardstick of its audits")
+    class_names: tuple[str, ...] = Field((), description="in label order; left out: the teacher's, or numbers")
+    forget: dict[str | int, str | int] = Field(
+        {}, description="claimed: forgotten class → its override; the audit tests it"
+    )
+    sigma_init: float | None = Field(None, gt=0, description="noise level of the one step")
+    timestep: float | None = Field(None, ge=0, description="or the timestep that has it")
+    image_size: int | None = Field(None, ge=1, description="pixels; asked for where tensors do not tell it")
+
+    @model_validator(mode="after")
+    def one_level_only(self) -> Self:
+        if self.sigma_init is not None and self.timestep is not None:
+            raise ValueError("sigma_init and timestep both say the noise level; give one")
+        return self
+
+
+def read_class_names(text: str | None) -> tuple[str, ...]:
+    """Names from ``a,b,c``, or from a file: one a line, a JSON list, or a JSON object of label → name.
+
+    Raises:
+        LabelError: an unreadable file, a gap in the labels, or a name that is empty or there twice.
+    """
+    if text is None:
+        return ()
+    names = _names_in_file(Path(text)) if Path(text).is_file() else tuple(part.strip() for part in text.split(","))
+    folded = [name.casefold() for name in names]
+    if not all(folded) or len(set(folded)) != len(folded):
+        raise LabelError(f"{text}: a class name is empty or there twice", "name each class once")
+    return names
+
+
+def _names_in_file(path: Path) -> tuple[str, ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise LabelError(f"{path}: cannot be read as text", "write one class name a line") from None
+    if text.lstrip()[:1] not in {"[", "{"}:
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    try:
+        value = json.loads(text)
+        ordered = value if isinstance(value, list) else [value[str(label)] for label in range(len(value))]
+    except (ValueError, KeyError):
+        raise LabelError(
+            f"{path}: neither a JSON list of names nor an object of label → name", "write one class name a line"
+        ) from None
+    return tuple(str(name).strip() for name in ordered)

@@ -1,0 +1,164 @@
+"""A one-step generator in somebody else's diffusers folder: its files' digest, its denoiser, its noise level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfd_deploy.adopt.config import AdoptConfig
+from sfd_deploy.errors import ConfigError, LabelError, ModelError
+from sfd_deploy.labels import Labels
+from sfd_deploy.manifest import MANIFEST, FileRecord, Parent, Sealed, digest_of, verify
+from sfd_deploy.models.folder import Layout, find_layout, read_denoiser, read_json
+from sfd_deploy.models.generator import OneStepGenerator, keep_labels, labels_of
+from sfd_deploy.models.teachers import hash_files, name_classes
+
+if TYPE_CHECKING:
+    from sfd_deploy.models.denoiser import Denoiser
+
+# Pipelines of one network and one scheduler, which say nothing that the two do not.
+PIPELINES = {None, "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline", "DiffusionPipeline"}
+CONSISTENCY = "CMStochasticIterativeScheduler"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is adopted: bytes with a digest, and what they record."""
+
+    folder: Path
+    layout: Layout
+    files: dict[str, FileRecord]
+    scheduler: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """One number for every file that is read, the same on every machine."""
+        return digest_of({name: record.sha256 for name, record in self.files.items()})
+
+    def as_parent(self) -> Parent:
+        """How the run's manifest refers to it."""
+        return Parent(kind="generator", name=self.folder.resolve().name, digest=self.digest)
+
+    def require_unchanged(self) -> None:
+        """Refuse what was rewritten while it was read.
+
+        Raises:
+            ModelError: the digest is another one now.
+        """
+        if hash_files(self.folder, self.layout) != self.files:
+            raise ModelError(f"{self.folder}: changed while it was read", "adopt it again when nothing writes to it")
+
+
+def open_source(folder: Path) -> Source:
+    """The files of ``folder``, hashed. A folder of ours is verified against its manifest first.
+
+    Raises:
+        ModelError: no such folder, another layout, pickled weights, code of its own, or no scheduler.
+        ManifestError, DigestError: a folder with a manifest that it does not match.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder", "give a diffusers folder, or a checkpoint with --convert")
+    if (folder / MANIFEST).is_file():
+        verify(folder, "generator")
+    _require_stock(folder)
+    layout = find_layout(folder)
+    layout.network_config()
+    if layout.scheduler is None:
+        raise ModelError(
+            f"{folder}: no scheduler/scheduler_config.json, which says what the network predicts",
+            "save the scheduler that it was trained with into scheduler/",
+        )
+    return Source(folder, layout, hash_files(folder, layout), read_json(layout.scheduler))
+
+
+def _require_stock(folder: Path) -> None:
+    # Nothing here would run such code; but what a pipeline of its own draws, a stock one need not.
+    if code := sorted(folder.rglob("*.py")):
+        raise ModelError(f"{code[0]}: code of its own", "give a folder that stock diffusers draws from")
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else {}
+    if not isinstance(index.get("_class_name"), str | None) or index.get("_class_name") not in PIPELINES:
+        raise ModelError(
+            f"{path}: pipeline {index['_class_name']} is not one network and one scheduler",
+            "give a folder of ConsistencyModelPipeline, or one with unet/ and scheduler/ alone",
+        )
+    for part, made_by in index.items():
+        if isinstance(made_by, list) and made_by != [None, None] and made_by[:1] != ["diffusers"]:
+            raise ModelError(
+                f"{path}: {part} is made by {made_by[0]}, code of its own", "give a folder of stock diffusers"
+            )
+
+
+def read_generator(source: Source, config: AdoptConfig, teacher: Sealed | None) -> tuple[OneStepGenerator, Labels]:
+    """The generator, with one label row a class, and its labels with the claim.
+
+    A row behind the named classes is the null label of guided training and is left behind: nobody retrained it.
+
+    Raises:
+        ModelError: weights that cannot be loaded.
+        ConfigError: the noise level is not said, or said twice.
+        LabelError: names of another number, a teacher of other classes, or an impossible claim.
+    """
+    denoiser = read_denoiser(source.folder)
+    labels = name_labels(source.folder, denoiser.unet.config["num_class_embeds"], config, teacher)
+    keep_labels(denoiser.unet, labels.count, source.folder)
+    return OneStepGenerator(denoiser, noise_level(denoiser, source, config)).eval(), labels
+
+
+def name_labels(where: Path, rows: int, config: AdoptConfig, teacher: Sealed | None) -> Labels:
+    """Class names as given, else the teacher's, else ``id2label``, else numbers; and the claimed forget map.
+
+    Raises:
+        LabelError: as ``read_generator``.
+    """
+    known = labels_of(teacher).class_names if teacher is not None else ()
+    index = read_json(where / "model_index.json") if (where / "model_index.json").is_file() else {}
+    names = name_classes(where, rows, config.class_names or known, index)
+    if known and names != known:
+        raise LabelError(
+            f"{where}: named {', '.join(names)}, its teacher's classes are {', '.join(known)}",
+            "leave --class-names out, or name its own teacher",
+        )
+    return Labels(class_names=names).forgetting(config.forget)
+
+
+def noise_level(denoiser: Denoiser, source: Source, config: AdoptConfig) -> float:
+    """The sigma that the one step starts at.
+
+    Raises:
+        ConfigError: none is said, or one that contradicts the folder's.
+    """
+    own = float(source.scheduler.get("sigma_max", 80.0)) if source.scheduler.get("_class_name") == CONSISTENCY else None
+    if own is not None:
+        if config.timestep is not None or config.sigma_init not in {None, own}:
+            raise ConfigError(
+                f"{source.folder}: its scheduler starts at sigma {own}", "leave --sigma-init and --timestep out"
+            )
+        return own
+    if config.sigma_init is None and config.timestep is None:
+        raise ConfigError(
+            f"{source.folder}: nothing in it says at which noise level it draws",
+            "say --sigma-init S or --timestep T (SFD's configurations: 2.5 or 440)",
+        )
+    if config.timestep is not None:
+        return sigma_of_timestep(denoiser, config.timestep, source.folder)
+    if not denoiser.sigma_range[0] <= float(config.sigma_init or 0) <= denoiser.sigma_range[1]:
+        low, high = denoiser.sigma_range
+        raise ConfigError(f"--sigma-init {config.sigma_init} is outside the schedule", f"use {low:.4g} to {high:.4g}")
+    return float(config.sigma_init or 0)
+
+
+def sigma_of_timestep(denoiser: Denoiser, timestep: float, where: Path) -> float:
+    """The noise level at ``timestep``.
+
+    Raises:
+        ConfigError: the network counts no timesteps, or has no such one.
+    """
+    from sfd_deploy.models.denoiser import DiscreteDenoiser, FlowDenoiser
+
+    if isinstance(denoiser, DiscreteDenoiser) and timestep in range(len(denoiser.log_sigmas)):
+        return float(denoiser.log_sigmas[int(timestep)].exp())
+    if isinstance(denoiser, FlowDenoiser) and 0 < timestep < denoiser.timesteps:
+        return timestep / (denoiser.timesteps - timestep)
+    raise ConfigError(f"{where}: --timestep {timestep:g} is not one of its schedule", "say --sigma-init instead")
