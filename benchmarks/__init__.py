@@ -1,0 +1,1 @@
+"""One script a published table, run from the repository: ``python -m benchmarks.rows``. Not installed."""

@@ -1,0 +1,36 @@
+"""A bench of tiny everything on the 8x8 digits: it tests mechanics, never quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.measured import Sizes
+from benchmarks.workshop import Workshop
+from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.judge import JudgeConfig
+from sfd_deploy.training.teacher import TeacherConfig
+
+TINY_SIZES = Sizes(forget=6, override=5, retained=4, reference=3, teacher_forget=2)
+
+
+def tiny_workshop(folder: Path) -> Workshop:
+    """Seconds of work: untrained in all but name."""
+    network = {"image_size": 8, "channels": 1, "block_channels": [4, 8], "norm_groups": 2}
+    train = {"teacher": "unused", "forget": {"1": "0"}, "iterations": 2, "retained_rows": 4, "forget_rows": 2,
+             "precision": "fp32"}  # fmt: skip
+    teacher = {"network": network, "images": 16, "batch_size": 8, "precision": "fp32"}
+    judge = {"channels": 1, "widths": [4]}
+    return Workshop(
+        "digits", folder, Path("digits"), TrainConfig.from_mapping(train, "tiny"),
+        TeacherConfig.from_mapping(teacher, "tiny"),
+        tuple(JudgeConfig.from_mapping({"classifier": judge | {"architecture": kind}, "epochs": 1}, "tiny")
+              for kind in ("plain", "residual")),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_are_here() -> None:
+    """Every bench here is of the digits."""
+    pytest.importorskip("sklearn", reason="needs scikit-learn's digits")
