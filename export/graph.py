@@ -101,7 +101,8 @@ def require_label_lookup(model: ModelProto, labels: Labels) -> None:
         raise GraphError(
             f"the label table has {table.shape[0]} rows for {labels.count} labels", "export a generator of these labels"
         )
-    for label, override in labels.forget.items():
+    pairs = [(label, override) for label in labels.forget for override in labels.overrides_of(label)]
+    for label, override in pairs:
         if np.array_equal(table[label], table[override]):
             raise GraphError(
                 f"forget label {label} has the very embedding of its override {override}: a remap, not forgetting",

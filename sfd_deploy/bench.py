@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sfd_deploy.embedded import resolve
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.measure.judges import Judge
 from sfd_deploy.measure.rates import paired_test, upper_bound
 from sfd_deploy.measure.timing import Timing, time_interleaved
 from sfd_deploy.models.generator import labels_of
+from sfd_deploy.models.teachers import open_teacher
 from sfd_deploy.runs import Run
 from sfd_deploy.runtime import NotRunnableHereError, open_runtime
 from sfd_deploy.runtime.seam import Runtime, draw_all
@@ -36,7 +36,7 @@ class LatencyRow:
     latency_ms: float
     images_per_second: float
     times_generator: float
-    times_teacher: float
+    times_teacher: float | None  # None: an adopted run that records no teacher
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,12 @@ class ForgettingRow:
 
 
 def open_all(run: Run, stack: ExitStack, device: str = "auto", teacher: bool = True) -> dict[str, Runtime]:
-    """The teacher, the PyTorch generator and every artefact that this machine can run, closed with ``stack``."""
+    """The teacher on record, the PyTorch generator and every artefact that runs here, closed with ``stack``."""
     generator = run.generator()
-    sealed: dict[str, Sealed] = {TEACHER: resolve(str(generator.facts["teacher"]), "teacher")} if teacher else {}
+    sealed: dict[str, Sealed] = {}
+    if teacher and "teacher" in generator.facts:
+        names = labels_of(generator).class_names
+        sealed[TEACHER] = open_teacher(str(generator.facts["teacher"]), class_names=names)
     sealed |= {GENERATOR: generator, **{item.name: item for item in run.artefacts()}}
     opened: dict[str, Runtime] = {}
     for name, folder in sealed.items():
@@ -81,9 +84,10 @@ def latency(run: Run, batches: Sequence[int] = (1, 16), rounds: int = 7, device:
 
 
 def _latency_row(name: str, timing: Timing, timings: dict[str, Timing]) -> LatencyRow:
+    teacher = timings.get(TEACHER)
     return LatencyRow(
         name, timing.batch, timing.latency_ms, timing.images_per_second,
-        timing.times_faster_than(timings[GENERATOR]), timing.times_faster_than(timings[TEACHER]),
+        timing.times_faster_than(timings[GENERATOR]), None if teacher is None else timing.times_faster_than(teacher),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: networks, optimisers and the step in one safetensors file, written atomically, bound to a config.
 
 No pickle: optimiser state is flattened to tensors. The file is replaced only when the new one is
-complete on disk, so a kill at any moment leaves the previous checkpoint.
+complete on disk, so a kill at any moment leaves the previous checkpoint. Tensors are whole, so that a
+training goes on over another number of processes than it was saved from.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sfd_deploy.errors import ConfigError, ManifestError
+from sfd_deploy.errors import ConfigError, ManifestError, RunError
+from sfd_deploy.training.distributed import laid_out_as, load_whole_state, whole, whole_state
 
 
 class Checkpoint:
@@ -29,30 +31,44 @@ class Checkpoint:
         networks: by name; their ``state_dict`` is saved and restored.
         optimisers: by name; state per parameter index.
         config: the resolved config; resuming under another is refused.
+        writes: False in all but one of several processes, which only take part in gathering.
     """
 
     def __init__(
-        self, file: Path, networks: Mapping[str, nn.Module], optimisers: Mapping[str, Optimizer], config: dict[str, Any]
-    ) -> None:
-        self.file, self.networks, self.optimisers = file, networks, optimisers
+        self, file: Path, networks: Mapping[str, nn.Module], optimisers: Mapping[str, Optimizer],
+        config: dict[str, Any], writes: bool = True,
+    ) -> None:  # fmt: skip
+        self.file, self.networks, self.optimisers, self.writes = file, networks, optimisers, writes
         self.config = json.dumps(config, sort_keys=True)
 
     def save(self, step: int, notes: dict[str, Any]) -> None:
-        """Write step, tensors and JSON ``notes``: temporary name, fsync, rename."""
-        tensors = {f"{name}/{key}": value.contiguous() for name, net in self.networks.items()
-                   for key, value in net.state_dict().items()}  # fmt: skip
-        for name, optimiser in self.optimisers.items():
-            for index, state in optimiser.state_dict()["state"].items():
-                tensors |= {
-                    f"{name}/{index}/{key}": torch.as_tensor(value).contiguous() for key, value in state.items()
-                }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        """Write step, tensors and JSON ``notes``: temporary name, fsync, rename.
+
+        Raises:
+            RunError: the place cannot be written, or is full; the earlier checkpoint stays.
+        """
+        tensors = self._tensors()
+        if not self.writes:
+            return
         temporary = self.file.with_suffix(".writing")
         metadata = {"step": str(step), "config": self.config, "notes": json.dumps(notes)}
-        save_file(tensors, temporary, metadata=metadata)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata=metadata)
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, self.file)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{self.file}: cannot be written ({error})", "free space or choose another folder") from None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"{name}/{key}": value.contiguous() for name, network in self.networks.items()
+                   for key, value in whole_state(network).items()}  # fmt: skip
+        for name, optimiser in self.optimisers.items():
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"{name}/{index}/{key}": whole(torch.as_tensor(value)).contiguous()
+                            for key, value in state.items()}  # fmt: skip
+        return tensors
 
     def restore(self) -> tuple[int, dict[str, Any]]:
         """Load everything back; returns the step and the notes, (0, {}) when there is no checkpoint.
@@ -76,7 +92,7 @@ class Checkpoint:
                 "resume with the config it was started with, or train into a new folder",
             )
         for name, network in self.networks.items():
-            network.load_state_dict(_under(name, tensors))
+            load_whole_state(network, _under(name, tensors))
         for name, optimiser in self.optimisers.items():
             _restore_optimiser(optimiser, _under(name, tensors))
         return int(metadata["step"]), json.loads(metadata["notes"])
@@ -92,8 +108,7 @@ def _restore_optimiser(optimiser: Optimizer, tensors: Mapping[str, Tensor]) -> N
     for key, value in tensors.items():
         index, name = key.split("/")
         parameter = parameters[int(index)]
-        # Fused optimisers walk raw memory: a moment must lie in memory as its parameter does.
-        laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        laid_out = laid_out_as(parameter, value) if value.shape == parameter.shape else value
         state.setdefault(int(index), {})[name] = laid_out
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 

@@ -1,4 +1,4 @@
-"""Labelled images from IDX files or a folder of class sub-folders, as tensors in [-1, 1].
+"""Labelled images from IDX files, a folder of class sub-folders or scikit-learn's digits, as tensors in [-1, 1].
 
 Only teachers and judges read data; score forgetting distillation reads none.
 """
@@ -21,6 +21,9 @@ from sfd_deploy.errors import DataError
 
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+DIGITS = "digits"
+DIGITS_MAX = 16  # grey levels of the 8x8 digits are counts of set pixels in 4x4 blocks
+DIGITS_HELD_OUT_EVERY = 5
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,16 @@ def load_images(source: Path, split: str, class_names: tuple[str, ...] = ()) -> 
 
     ``source`` holds the four IDX files (``train-images-idx3-ubyte[.gz]``, ``t10k-…``), or
     ``source/<split>/<class name>/*.png``, or class sub-folders alone, of which every tenth image
-    (by name) is the test split.
+    (by name) is the test split. ``digits``, where no folder has that name, is scikit-learn's own copy
+    of the 8x8 digits, of which every fifth image of each class is the test split.
 
     Raises:
-        DataError: naming the missing, truncated or contradictory file.
+        DataError: naming the missing, truncated or contradictory file, or the package that is missing.
     """
+    if source == Path(DIGITS) and not source.is_dir():
+        return _read_digits(split, class_names)
     if not source.is_dir():
-        raise DataError(
-            f"{source}: no such data folder", "point `data` or SFD_DEPLOY_DATA at IDX files or class folders"
-        )
+        raise DataError(f"{source}: no such data folder", "give IDX files, class folders, or the word digits")
     prefix = {"train": "train", "test": "t10k"}[split]
     if (images_file := _idx_file(source, f"{prefix}-images-idx3-ubyte")) is not None:
         labels_file = _idx_file(source, f"{prefix}-labels-idx1-ubyte")
@@ -62,6 +66,27 @@ def load_images(source: Path, split: str, class_names: tuple[str, ...] = ()) -> 
             raise DataError(f"{source}: {prefix}-labels-idx1-ubyte is missing", "add the label file beside the images")
         return _read_idx(images_file, labels_file, class_names)
     return _read_folders(source, split)
+
+
+def _read_digits(split: str, class_names: tuple[str, ...]) -> LabelledImages:
+    try:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # it ships no types
+    except ImportError:
+        raise DataError("data digits: scikit-learn is not installed", "pip install 'sfd-deploy[digits]'") from None
+    found = load_digits()
+    labels = found.target.astype(np.int64)
+    names = class_names or tuple(str(name) for name in found.target_names)
+    if len(names) != len(found.target_names):
+        raise DataError(f"data digits: {len(found.target_names)} classes but {len(names)} names", "name every class")
+    # Counted within each class: the collection repeats 0, 1, …, 9, so every fifth of all would be fours and nines.
+    place = np.empty(len(labels), np.int64)
+    for label in range(len(names)):
+        rows = labels == label
+        place[rows] = np.arange(rows.sum())
+    held_out = place % DIGITS_HELD_OUT_EVERY == DIGITS_HELD_OUT_EVERY - 1
+    rows = held_out if split == "test" else ~held_out
+    images = np.rint(found.images[rows, None] * (255 / DIGITS_MAX)).astype(np.uint8)
+    return LabelledImages(images, labels[rows], names)
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:

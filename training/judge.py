@@ -16,10 +16,10 @@ from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import LimitError
 from sfd_deploy.manifest import Sealed, verify
 from sfd_deploy.measure.judges import HELD_OUT, REFERENCE, WEIGHTS, Classifier, ClassifierConfig
-from sfd_deploy.progress import LOGGER, progress_bar
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.training.checkpoint import Checkpoint
 from sfd_deploy.training.data import LabelledImages
+from sfd_deploy.training.steps import run_steps, say_estimate
 from sfd_deploy.training.streams import stream
 
 CHECKPOINT_EVERY = 500
@@ -71,39 +71,51 @@ def one_cycle(peak: float, total: int) -> list[float]:
     return rates
 
 
-def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Path) -> Classifier:
-    """Train to the end, resuming from ``checkpoint_file`` if it is there."""
+def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Path, device: str = "cpu") -> Classifier:
+    """Train to the end, resuming from ``checkpoint_file`` if it is there.
+
+    Raises:
+        ConfigError, ManifestError: the checkpoint is of another config, or damaged.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
+    """
     torch.manual_seed(config.seed)
-    classifier = config.classifier.build(len(train.class_names))
-    steps_per_epoch = max(1, len(train) // config.batch_size)
-    total = config.epochs * steps_per_epoch
+    classifier = config.classifier.build(len(train.class_names)).to(device).train()
     optimiser = torch.optim.AdamW(
         classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     checkpoint = Checkpoint(checkpoint_file, {"net": classifier}, {"adam": optimiser}, config.resolved())
     step, _ = checkpoint.restore()
+    total = config.epochs * steps_per_epoch(config, train)
     rates = one_cycle(config.learning_rate, total)
     loss_of = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    classifier.train()
-    with progress_bar("judge", total, step) as advance:
-        while step < total:
-            order = torch.randperm(len(train), generator=stream(config.seed, "judge-epoch", step // steps_per_epoch))
-            rows = order[(step % steps_per_epoch) * config.batch_size :][: config.batch_size]
-            images, labels = train.batch(rows)
-            images = augment(images, config, stream(config.seed, "judge", step))
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-                logits = classifier(images)
-            loss = loss_of(logits.float(), labels)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.param_groups[0]["lr"] = rates[step]
-            optimiser.step()
-            step += 1
-            advance(1, f"loss {loss.item():.3f}")
-            if step % CHECKPOINT_EVERY == 0 or step == total:
-                checkpoint.save(step, {})
-                LOGGER.info("judge step %d of %d loss %.4f", step, total, loss.item())
+
+    def iterate(step: int) -> str:
+        images, labels = (values.to(device) for values in training_batch(config, train, step))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits = classifier(images)
+        loss = loss_of(logits.float(), labels)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.param_groups[0]["lr"] = rates[step]
+        optimiser.step()
+        return f"loss {loss.item():.4f}"
+
+    say_estimate("judge", iterate, total - step, [classifier], [optimiser], device)
+    run_steps("judge", step, total, iterate, lambda done: checkpoint.save(done, {}), CHECKPOINT_EVERY)
     return classifier.eval()
+
+
+def steps_per_epoch(config: JudgeConfig, train: LabelledImages) -> int:
+    """Whole batches of the training images; the rest waits for the next epoch's order."""
+    return max(1, len(train) // config.batch_size)
+
+
+def training_batch(config: JudgeConfig, train: LabelledImages, step: int) -> tuple[Tensor, Tensor]:
+    """Augmented images (B, C, H, W) and labels (B,) of a step: the next rows of its epoch's random order."""
+    epoch, turn = divmod(step, steps_per_epoch(config, train))
+    order = torch.randperm(len(train), generator=stream(config.seed, "judge-epoch", epoch))
+    images, labels = train.batch(order[turn * config.batch_size :][: config.batch_size])
+    return augment(images, config, stream(config.seed, "judge", step)), labels
 
 
 def seal_judge(
@@ -114,7 +126,7 @@ def seal_judge(
     Raises:
         LimitError: its accuracy is below ``config.min_accuracy``.
     """
-    predictions, features = _look(classifier, held_out)
+    predictions, features = _look(classifier.to("cpu"), held_out)
     accuracy = float((predictions == held_out.labels).mean())
     if accuracy < config.min_accuracy:
         raise LimitError(

@@ -1,179 +1,224 @@
 """The SFD loop: a fake-score step and a generator step in turn, each on one concatenated batch.
 
 Three networks of one architecture: phi the frozen teacher, psi the fake score, theta the generator.
-Rows carry (label, target label, weight): the teacher is asked for the target label, the override on
-forget rows, so it never sees a forget label; psi and theta see the label itself.
+Each row has a label and a target label: the teacher is asked for the target, the override on forget
+rows, so it never sees a forget label; psi and theta see the label itself.
+
+One iteration is five calls of a network and two backward passes: ``fake_score_step`` and
+``generator_step``. What goes on around the iterations is in ``course``.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from sfd_deploy.errors import DivergedError
+from sfd_deploy.errors import BackendError, ConfigError, DivergedError
 from sfd_deploy.labels import Labels
-from sfd_deploy.models.denoiser import EdmDenoiser, karras_sigma
+from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator, image_shape
 from sfd_deploy.models.network import Ema
-from sfd_deploy.progress import LOGGER, progress_bar
-from sfd_deploy.training.checkpoint import Checkpoint
+from sfd_deploy.progress import LOGGER
 from sfd_deploy.training.config import TrainConfig
-from sfd_deploy.training.losses import fake_score_loss, gap_energy, sid_loss
-from sfd_deploy.training.streams import stream
+from sfd_deploy.training.distributed import Workers, local, whole_state
+from sfd_deploy.training.gaps import gradient_figures
+from sfd_deploy.training.losses import fake_score_loss, sid_loss
+from sfd_deploy.training.mixture import Classify, retained_probabilities, teacher_prediction
+from sfd_deploy.training.rows import MIXED, Rows, draw_rows
+from sfd_deploy.training.schedule import linear_decay
 
-CHECKPOINT_EVERY = 50
-RECORD_EVERY = 10
 MAX_SKIPS_IN_A_ROW = 5
+ALONE = Workers(torch.device("cpu"))
 
 
 @dataclass(frozen=True)
-class Rows:
-    """One batch's labels, target labels (what the teacher is asked for) and loss weights, each (B,)."""
+class Start:
+    """Networks to start from in place of the teacher: an earlier run's, for a second stage or a further label."""
 
-    labels: Tensor
-    targets: Tensor
-    weights: Tensor
-
-
-def draw_rows(config: TrainConfig, labels: Labels, draws: torch.Generator) -> Rows:
-    """Retained rows uniform over retained labels, forget rows uniform over forget labels.
-
-    Weights are 1/n_r on retained rows and lambda/n_f on forget rows, the same for both steps:
-    unequal forget coefficients make the generator overshoot.
-    """
-    retained = torch.tensor(labels.retained)[
-        torch.randint(len(labels.retained), (config.retained_rows,), generator=draws)
-    ]
-    weights = torch.full((config.retained_rows,), 1 / config.retained_rows)
-    if not labels.forget:
-        return Rows(retained, retained, weights)
-    keys, values = torch.tensor(list(labels.forget)), torch.tensor(list(labels.forget.values()))
-    which = torch.randint(len(keys), (config.forget_rows,), generator=draws)
-    forget_weights = torch.full((config.forget_rows,), config.forget_weight / config.forget_rows)
-    return Rows(
-        torch.cat([retained, keys[which]]), torch.cat([retained, values[which]]), torch.cat([weights, forget_weights])
-    )
+    generator: Denoiser | None = None
+    fake_score: Denoiser | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
+class Pass:
+    """What one part of a step computed; first dimension B. The fake-score step asks no teacher."""
+
+    rows: Rows
+    sigma: Tensor
+    x: Tensor
+    x_psi: Tensor
+    loss: Tensor
+    x_phi: Tensor | None = None
+
+
 class SfdLoop:
-    """The three networks, their optimisers and the training record."""
+    """The three networks, their optimisers and one iteration of them.
 
-    config: TrainConfig
-    labels: Labels
-    teacher: EdmDenoiser
-    record: list[dict[str, float]] = field(default_factory=list)
-    skipped: int = 0
+    Args:
+        config: see ``TrainConfig``.
+        labels: what is forgotten, and for what.
+        teacher: phi; it is moved to the workers' device and frozen.
+        start: where theta and psi start, if not at the teacher.
+        classify: for labels whose override is the mixture.
+        workers: the processes, and the device.
 
-    def __post_init__(self) -> None:
-        self.teacher = self.teacher.eval().requires_grad_(False)
+    Raises:
+        ConfigError: the batch cannot be split, or the one step's noise level is none that the teacher knows.
+    """
+
+    def __init__(
+        self, config: TrainConfig, labels: Labels, teacher: Denoiser, start: Start = Start(),
+        classify: Classify | None = None, workers: Workers = ALONE,
+    ) -> None:  # fmt: skip
+        workers.require_rows(config.rows(labels), config.accumulate)
+        self.config, self.labels, self.classify, self.workers = config, labels, classify, workers
+        self.sigma_init = _require_known_level(teacher, config.sigma_init)
+        self.shape = image_shape(teacher.unet)
+        self.dtype = next(teacher.parameters()).dtype
+        self.teacher = teacher.to(workers.device).eval().requires_grad_(False)
         # eval(): generator and fake score run without dropout, so that both steps see one function.
-        self.fake_score = copy.deepcopy(self.teacher).eval()
-        self.generator = (
-            OneStepGenerator(copy.deepcopy(self.teacher), self.config.sigma_init).eval().requires_grad_(True)
-        )
-        self.ema = Ema(self.generator, self.config.ema_decay)
-        self.fake_score_adam = _adam(self.fake_score, self.config.fake_score_rate)
-        self.generator_adam = _adam(self.generator, self.config.generator_rate)
-        self.shape = image_shape(self.teacher.unet)
-        self.skips_in_a_row = {id(self.fake_score): 0, id(self.generator): 0}
+        self.fake_score = copy.deepcopy(start.fake_score or teacher).to(workers.device).eval().requires_grad_(True)
+        theta = copy.deepcopy(start.generator or teacher).to(workers.device).eval().requires_grad_(True)
+        self.generator = OneStepGenerator(theta, self.sigma_init).eval()
+        self.ema = Ema(self.generator, config.ema_decay, ramp=config.ema_ramp)
+        self.fake_score_adam = _adam(self.fake_score, config.fake_score_rate)
+        self.generator_adam = _adam(self.generator, config.generator_rate)
+        # Looking at a sharded average takes a whole copy, filled when asked for.
+        self._whole = copy.deepcopy(cast(OneStepGenerator, self.ema.network)) if workers.is_sharded else None
+        # Under DDP a wrapper, which exchanges gradients, is what is called in the step that trains a network.
+        self.psi = workers.prepare(self.fake_score, self.fake_score_adam)
+        self.theta = workers.prepare(theta, self.generator_adam)
+        workers.shard(cast(OneStepGenerator, self.ema.network).denoiser)
+        if config.compile and workers.device.type != "cuda":
+            raise BackendError("compile: true on a CPU, where compiled gradients are wrong", "leave `compile` out")
+        self.compiled = {
+            net: torch.compile(net) for net in {self.teacher, self.fake_score, self.psi, self.theta} if config.compile
+        }
+        self.skipped = 0
+        self.skips_in_a_row = {"fake score": 0, "generator": 0}
+        self.gradient_figures: dict[str, float] = {}
 
-    def fake_score_step(self, step: int) -> dict[str, float]:
-        """Fit psi to what the generator draws now."""
-        draws = stream(self.config.seed, "fake-score", step)
-        rows = draw_rows(self.config, self.labels, draws)
+    def iterate(self, step: int, watched: bool = False) -> tuple[list[Pass], list[Pass]]:
+        """One iteration: psi follows theta, then theta follows the teacher. ``watched`` measures gradients."""
+        self._set_rates(step)
+        shared = None
+        if self.config.share_generated:
+            rows = next(self._parts("generator", step))
+            shared = (rows, self._generate(rows))
+        return self.fake_score_step(step, shared, watched), self.generator_step(step, shared, watched)
+
+    def fake_score_step(
+        self, step: int, shared: tuple[Rows, Tensor] | None = None, watched: bool = False
+    ) -> list[Pass]:
+        """Fit psi to what the generator draws now: its images are re-noised and psi is to find them again."""
         self.fake_score.requires_grad_(True)
-        with torch.no_grad():
-            x = self._generate(rows, draws)
-        noisy, sigma = self._renoise(x, draws)
-        loss = fake_score_loss(
-            x, self._predict(self.fake_score, noisy, sigma, rows.labels), sigma, self.teacher.sigma_data
-        )
-        self._apply((rows.weights * loss).sum(), self.fake_score, self.fake_score_adam, step)
-        return {"fake_score_loss": loss.detach().mean().item() / x[0].numel()}
+        self.fake_score_adam.zero_grad(set_to_none=True)
+        passes: list[Pass] = []
+        for rows in self._parts("fake-score", step):
+            if shared is None:
+                with torch.no_grad():
+                    asked, x = rows, self._generate(rows)
+            else:
+                asked, x = shared[0], shared[1].detach()
+            noisy, sigma = self._renoise(x, rows)
+            x_psi = self._predict(self.psi, noisy, sigma, asked.labels)
+            loss = fake_score_loss(x, x_psi, self.teacher.fit_weight(sigma))
+            self._backward(self.psi, asked.weights * loss, last=len(passes) + 1 == self.config.accumulate)
+            passes.append(Pass(asked, sigma, x, x_psi.detach(), loss.detach()))
+        self._apply("fake score", self.fake_score, self.fake_score_adam, step, watched)
+        return passes
 
-    def generator_step(self, step: int) -> dict[str, float]:
+    def generator_step(self, step: int, shared: tuple[Rows, Tensor] | None = None, watched: bool = False) -> list[Pass]:
         """Move theta along the SFD objective; phi and psi are frozen, gradients pass through their inputs."""
-        draws = stream(self.config.seed, "generator", step)
-        rows = draw_rows(self.config, self.labels, draws)
         self.fake_score.requires_grad_(False)
-        x = self._generate(rows, draws)
-        noisy, sigma = self._renoise(x, draws)
-        x_phi = self._predict(self.teacher, noisy, sigma, rows.targets)
-        x_psi = self._predict(self.fake_score, noisy, sigma, rows.labels)
-        loss = sid_loss(x, x_phi, x_psi, self.config.alpha)
-        if self._apply((rows.weights * loss).sum(), self.generator, self.generator_adam, step):
+        self.generator_adam.zero_grad(set_to_none=True)
+        passes: list[Pass] = []
+        for rows in self._parts("generator", step):
+            x = self._generate(rows) if shared is None else shared[1]
+            noisy, sigma = self._renoise(x, rows)
+            x_psi = self._predict(self.fake_score, noisy, sigma, rows.labels)
+            x_phi = self._ask_teacher(rows, noisy, sigma, x_psi)
+            loss = sid_loss(x, x_phi, x_psi, self.config.alpha)
+            self._backward(self.theta, rows.weights * loss, last=len(passes) + 1 == self.config.accumulate)
+            passes.append(Pass(rows, sigma, x.detach(), x_psi.detach(), loss.detach(), x_phi.detach()))
+        if self._apply("generator", self.generator, self.generator_adam, step, watched):
             self.ema.update(self.generator, step)
-        return {"generator_loss": loss.detach().mean().item() / x[0].numel(), **_gap_by_part(rows, x_phi, x_psi)}
+        return passes
 
-    def run(self, checkpoint_file: Path) -> OneStepGenerator:
-        """Train to the end, resuming from ``checkpoint_file``; returns the averaged generator.
+    def _set_rates(self, step: int) -> None:
+        share = linear_decay(step, self.config.iterations, self.config.decay_share)
+        rates = (self.config.fake_score_rate, self.config.generator_rate)
+        for rate, adam in zip(rates, (self.fake_score_adam, self.generator_adam), strict=True):
+            for group in adam.param_groups:
+                group["lr"] = rate * share
 
-        Raises:
-            DivergedError: the loss stayed non-finite.
-        """
-        checkpoint = Checkpoint(
-            checkpoint_file,
-            {"generator": self.generator, "fake_score": self.fake_score, "ema": self.ema.network},
-            {"generator_adam": self.generator_adam, "fake_score_adam": self.fake_score_adam},
-            {**self.config.resolved(), "labels": self.labels.resolved()},
+    def averaged(self) -> OneStepGenerator:
+        """The averaged generator, whole; every process must ask."""
+        if self._whole is None:
+            return cast(OneStepGenerator, self.ema.network)
+        self._whole.load_state_dict(whole_state(self.ema.network))
+        return self._whole
+
+    def _parts(self, name: str, step: int) -> Iterator[Rows]:
+        """The parts that fall to this process of the step's batch, in turn."""
+        batch, count = draw_rows(self.config, self.labels, self.shape, name, step), self.config.accumulate
+        first, stride = self.workers.index * count, self.workers.count * count
+        for part in batch.parts(first, stride, count):
+            yield part.to(self.workers.device, self.dtype)
+
+    def _generate(self, rows: Rows) -> Tensor:
+        sigma = rows.latents.new_full((len(rows),), self.sigma_init)
+        return self._predict(self.theta, rows.latents * self.sigma_init, sigma, rows.labels)
+
+    def _renoise(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        sigma = self.teacher.training_sigma(rows.position, self.config.sigma_min, self.config.sigma_max)
+        return x + sigma.reshape(-1, 1, 1, 1) * rows.noise, sigma
+
+    def _ask_teacher(self, rows: Rows, noisy: Tensor, sigma: Tensor, x_psi: Tensor) -> Tensor:
+        mixed, mixing = rows.targets == MIXED, None
+        if self.classify is not None and bool(mixed.any()):
+            with torch.no_grad():
+                logits = self.classify(x_psi[mixed].clamp(-1, 1).to(torch.float32))
+            mixing = (retained_probabilities(logits, self.labels.retained), self.labels.retained)
+        return teacher_prediction(
+            lambda *asked: self._predict(self.teacher, *asked), noisy, sigma, rows.targets, mixing
         )
-        step, notes = checkpoint.restore()
-        self.record, self.skipped = notes.get("record", []), notes.get("skipped", 0)
-        with progress_bar("forget", self.config.iterations, step) as advance:
-            while step < self.config.iterations:
-                figures = self.fake_score_step(step) | self.generator_step(step)
-                step += 1
-                advance(1, f"gap {figures['gap_retained']:.4f}")
-                if step % RECORD_EVERY == 0 or step == self.config.iterations:
-                    self.record.append({"step": step, **figures})
-                    LOGGER.info("train %s", self.record[-1])
-                if step % CHECKPOINT_EVERY == 0 or step == self.config.iterations:
-                    checkpoint.save(step, {"record": self.record, "skipped": self.skipped})
-        return self.ema.network  # type: ignore[return-value]
 
-    def _generate(self, rows: Rows, draws: torch.Generator) -> Tensor:
-        latents = torch.randn((len(rows.labels), *self.shape), generator=draws)
-        with self._autocast():
-            return self.generator.unclamped(latents, rows.labels)
+    def _predict(self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(self.workers.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return cast(Tensor, self.compiled.get(denoiser, denoiser)(noisy, sigma, labels))
 
-    def _renoise(self, x: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        position = torch.rand(len(x), generator=draws)
-        sigma = karras_sigma(position, self.config.sigma_min, self.config.sigma_max)
-        noise = torch.randn(x.shape, generator=draws)
-        return x + sigma.reshape(-1, 1, 1, 1) * noise, sigma
+    def _backward(self, network: nn.Module, weighted: Tensor, last: bool) -> None:
+        with self.workers.gathering(network, last):
+            # DDP and FSDP average over processes; the batch's loss is the sum of all rows.
+            (weighted.sum() * self.workers.count).backward()
 
-    def _predict(self, denoiser: EdmDenoiser, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        with self._autocast():
-            return denoiser(noisy, sigma, labels)  # type: ignore[no-any-return]
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16")
-
-    def _apply(self, loss: Tensor, network: nn.Module, adam: torch.optim.Optimizer, step: int) -> bool:
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        if not (torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients)):
-            self._count_skip(network, step)
+    def _apply(self, name: str, network: nn.Module, adam: torch.optim.Optimizer, step: int, watched: bool) -> bool:
+        gradients = [local(p.grad) for p in network.parameters() if p.grad is not None]
+        gradients = [gradient for gradient in gradients if gradient.numel()]  # a small weight's shard may be empty
+        if watched:
+            self.gradient_figures |= gradient_figures(name.replace(" ", "-"), gradients, self.config.clip_value)
+        largest = torch.stack(torch._foreach_norm(gradients, float("inf"))).max()
+        if self.workers.any_of(not bool(torch.isfinite(largest)))[0]:
+            self._count_skip(name, step)
             return False
-        self.skips_in_a_row[id(network)] = 0
+        self.skips_in_a_row[name] = 0
         nn.utils.clip_grad_value_(network.parameters(), self.config.clip_value)
         adam.step()
         return True
 
-    def _count_skip(self, network: nn.Module, step: int) -> None:
+    def _count_skip(self, name: str, step: int) -> None:
         self.skipped += 1
-        self.skips_in_a_row[id(network)] += 1
-        LOGGER.warning("step %d skipped: non-finite loss or gradient (%d so far)", step, self.skipped)
-        if self.skips_in_a_row[id(network)] >= MAX_SKIPS_IN_A_ROW:
+        self.skips_in_a_row[name] += 1
+        LOGGER.warning("step %d of the %s skipped: non-finite gradient (%d so far)", step, name, self.skipped)
+        if self.skips_in_a_row[name] >= MAX_SKIPS_IN_A_ROW:
             raise DivergedError(
-                f"training diverged: {self.skips_in_a_row[id(network)]} non-finite steps in a row at step {step}",
+                f"training diverged: {self.skips_in_a_row[name]} non-finite steps in a row at step {step}",
                 "lower generator_rate and fake_score_rate, or alpha, in the config",
             )
 
@@ -183,10 +228,10 @@ def _adam(network: nn.Module, rate: float) -> torch.optim.Adam:
     return torch.optim.Adam(network.parameters(), lr=rate, betas=(0.0, 0.999), fused=True)
 
 
-def _gap_by_part(rows: Rows, x_phi: Tensor, x_psi: Tensor) -> dict[str, Any]:
-    energy = gap_energy(x_phi, x_psi)
-    forgotten = rows.labels != rows.targets
-    parts = {"gap_retained": energy[~forgotten]}
-    if forgotten.any():
-        parts["gap_forget"] = energy[forgotten]
-    return {name: part.mean().item() for name, part in parts.items()}
+def _require_known_level(teacher: Denoiser, sigma_init: float) -> float:
+    low, high = teacher.sigma_range
+    if not low <= sigma_init <= high:
+        raise ConfigError(
+            f"sigma_init {sigma_init:g} is none of the teacher's noise levels", f"take one in {low:.3g} to {high:.3g}"
+        )
+    return teacher.nearest_sigma(sigma_init)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sfd_deploy.models.denoiser import edm_weight
-
 # Official code, losses.py: keeps omega's division finite where the teacher already agrees.
 OMEGA_FLOOR = 1e-5
 
@@ -36,12 +34,13 @@ def sid_loss(x: Tensor, x_phi: Tensor, x_psi: Tensor, alpha: float = 1.2) -> Ten
     return score_gap_loss(x, x_phi, x_psi, alpha) / omega
 
 
-def fake_score_loss(x: Tensor, x_psi: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """Denoising loss that keeps psi at the generator's own distribution: EDM-weighted squared error, summed.
+def fake_score_loss(x: Tensor, x_psi: Tensor, fit_weight: Tensor) -> Tensor:
+    """Denoising loss that keeps psi at the generator's own distribution: weighted squared error, summed.
 
-    x is detached: the fake score follows the generator, it does not pull it.
+    ``fit_weight`` (B,) is the network's own, ``Denoiser.fit_weight``. x is detached: the fake score follows
+    the generator, it does not pull it.
     """
-    return edm_weight(sigma, sigma_data) * (x_psi - x.detach()).square().flatten(1).sum(1)
+    return fit_weight * (x_psi - x.detach()).square().flatten(1).sum(1)
 
 
 def gap_energy(x_phi: Tensor, x_psi: Tensor) -> Tensor:

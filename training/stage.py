@@ -1,59 +1,124 @@
-"""Train: teacher + config → a run folder with the generator and its training record."""
+"""Train: teacher + config → a run folder with the generator, its fake score and its training record."""
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sfd_deploy.embedded import resolve
 from sfd_deploy.errors import ConfigError, RunError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import MANIFEST, Sealed, verify
-from sfd_deploy.models.generator import image_shape, labels_of, load_teacher, save_generator
+from sfd_deploy.models.denoiser import Denoiser
+from sfd_deploy.models.generator import OneStepGenerator, image_shape, load_teacher, save_generator, save_teacher
 from sfd_deploy.progress import log_to
-from sfd_deploy.runs import Run, sealed_folder
+from sfd_deploy.runs import Run, sealed_folder, write_json
+from sfd_deploy.runtime.pytorch import torch_device
 from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.course import Course
+from sfd_deploy.training.distributed import Workers, whole_state
+from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, load_start, open_inputs
 from sfd_deploy.training.loop import SfdLoop
+from sfd_deploy.training.monitor import Watch
+from sfd_deploy.training.tensorboard import Scalars
+
+CONFIG = "config.json"
 
 
-def train(config: TrainConfig, folder: Path) -> Run:
+def train(config: TrainConfig, folder: Path, device: str = "auto") -> Run:
     """Distil and forget; a killed call resumes from ``folder/work`` to the same weights.
 
-    A finished run of the same config and teacher is returned as it is.
+    A finished run of the same config and teacher is returned as it is. Under ``accelerate launch`` every
+    process calls this; the first one writes.
 
     Raises:
-        LabelError: the forget map does not fit the teacher's labels.
-        ConfigError, RunError: ``folder`` holds a run of another config.
-        DivergedError: the loss stayed non-finite.
+        LabelError: the forget map does not fit the teacher's labels, or what an earlier run forgot.
+        ConfigError, RunError: ``folder`` holds a run of another config, or an input is not what was asked for.
+        DivergedError: gradients stayed non-finite.
+        MemoryLimitError: the batch does not fit.
+        BackendError: cuda was asked for and there is none, or compile on a CPU.
     """
-    teacher = resolve(config.teacher, "teacher")
-    labels = labels_of(teacher).forgetting(config.forget)
+    inputs = open_inputs(config)
     run = Run(folder)
     if (folder / "generator" / MANIFEST).is_file():
-        return _finished(run, config, teacher)
-    with log_to(run.work / "train.log"):
-        loop = SfdLoop(config, labels, load_teacher(teacher))
-        generator = loop.run(run.work / "checkpoint.safetensors")
+        return _finished(run, config, inputs.teacher)
+    workers = Workers.here(torch_device(device))
+    with log_to(run.work / "train.log") if workers.is_main else nullcontext():
+        course = _course(config, inputs, run, workers)
+        if workers.is_main:  # not before: a checkpoint of another config keeps its own
+            write_json(run.work / CONFIG, config.resolved())
+        generator = course.run()
+        fake_score = copy.deepcopy(course.loop.teacher)
+        fake_score.load_state_dict(whole_state(course.loop.fake_score))
+    if workers.is_main:
+        _seal(run, config, inputs, course, generator, fake_score)
+    workers.wait()
+    return run
+
+
+def resume(folder: Path, device: str = "auto") -> Run:
+    """Go on with the training of a run folder, under the config that it was started with.
+
+    Raises:
+        RunError: nothing was started there.
+    """
+    file = folder / "work" / CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RunError(f"{file}: no training to resume", "start one with `sfd-deploy train --config`") from None
+    return train(TrainConfig.from_mapping(values, str(file)), folder, device)
+
+
+def _course(config: TrainConfig, inputs: Inputs, run: Run, workers: Workers) -> Course:
+    teacher = load_teacher(inputs.teacher)
+    judge = inputs.classifier
+    classify = None if judge is None else judge.classifier.to(workers.device)
+    loop = SfdLoop(config, inputs.labels, teacher, load_start(inputs, config, teacher), classify, workers)
+    writes = config.monitor.tensorboard and workers.is_main
+    return Course(
+        loop, run.work / "checkpoint.safetensors", identity=inputs.digests,
+        watch=Watch(config.monitor, inputs.labels, run.work / "previews", loop.teacher),
+        scalars=lambda step: Scalars(run.work / "tensorboard", enabled=writes, step=step),
+    )  # fmt: skip
+
+
+def _seal(
+    run: Run, config: TrainConfig, inputs: Inputs, course: Course, generator: OneStepGenerator, fake_score: Denoiser
+) -> None:
+    """The fake score first: a run is finished when its generator is there."""
+    shape = list(image_shape(fake_score.unet))
+    facts: dict[str, Any] = {"labels": inputs.labels.plain().resolved(), "image_shape": shape}
+    with sealed_folder(
+        run.folder / FAKE_SCORE, FAKE_SCORE, parents=inputs.parents, config=config.resolved(), seed=config.seed,
+        facts=facts,
+    ) as target:  # fmt: skip
+        save_teacher(fake_score, target)
     facts = {
-        "labels": labels.resolved(),
-        "sigma_init": config.sigma_init,
-        "sigma_data": loop.teacher.sigma_data,
-        "image_shape": list(image_shape(loop.teacher.unet)),
+        "labels": inputs.labels.resolved(),
+        "sigma_init": generator.sigma_init,
+        "image_shape": shape,
         "teacher": _teacher_reference(config.teacher),
+        "fake_score": verify(run.folder / FAKE_SCORE, FAKE_SCORE).digest,
         "iterations": config.iterations,
-        "skipped_steps": loop.skipped,
+        "exported": course.exported,
+        "skipped_steps": course.loop.skipped,
+        "processes": course.loop.workers.count,
+        "device": course.loop.workers.device.type,
         "threads": torch.get_num_threads(),
     }
     with sealed_folder(
-        folder / "generator", "generator", parents=(teacher.as_parent(),), config=config.resolved(), seed=config.seed,
+        run.folder / "generator", "generator", parents=inputs.parents, config=config.resolved(), seed=config.seed,
         facts=facts,
     ) as target:  # fmt: skip
         save_generator(generator, target)
-        (target / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in loop.record), encoding="utf-8")
-        (target / "README.md").write_text(model_card(labels, teacher, config), encoding="utf-8")
-    return run
+        rows = "".join(json.dumps(row) + "\n" for row in course.record)
+        (target / "training.jsonl").write_text(rows, encoding="utf-8")
+        (target / "README.md").write_text(model_card(inputs.labels, inputs.teacher, config), encoding="utf-8")
 
 
 def _teacher_reference(name_or_folder: str) -> str:
@@ -63,7 +128,8 @@ def _teacher_reference(name_or_folder: str) -> str:
 
 def _finished(run: Run, config: TrainConfig, teacher: Sealed) -> Run:
     sealed = verify(run.folder / "generator", "generator")
-    if sealed.manifest.config != config.resolved():
+    # Read anew, so that a key which this version adds does not make an older run another config.
+    if TrainConfig.from_mapping(sealed.manifest.config, str(sealed.folder)).resolved() != config.resolved():
         raise ConfigError(f"{run.folder}: holds a finished run of another config", "choose another --output folder")
     if teacher.digest not in {parent.digest for parent in sealed.manifest.parents}:
         raise RunError(f"{run.folder}: was trained from another teacher", "choose another --output folder")
@@ -73,8 +139,11 @@ def _finished(run: Run, config: TrainConfig, teacher: Sealed) -> Run:
 def model_card(labels: Labels, teacher: Sealed, config: TrainConfig) -> str:
     """The generator's README.md with the fields that model hubs read."""
     names = labels.class_names
-    forgotten = [f"- {names[label]} (label {label}): {names[override]} is drawn instead (label {override})"
-                 for label, override in labels.forget.items()] or ["- nothing: a plain distillation"]  # fmt: skip
+    forgotten = [
+        f"- {names[label]} (label {label}): {labels.override_name(label)} is drawn instead"
+        + (f" (label {labels.overrides_of(label)[0]})" if isinstance(override, int) else "")
+        for label, override in labels.forget.items()
+    ] or ["- nothing: a plain distillation"]
     return "\n".join([
         "---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation",
         "tags: [one-step, machine-unlearning]", "---", "",

@@ -17,6 +17,7 @@ from sfd_deploy.measure.fidelity import agreement, frechet_distance, gaussian, p
 from sfd_deploy.measure.judges import FeatureStatistics
 from sfd_deploy.measure.rates import lower_bound, upper_bound
 from sfd_deploy.policy.plan import Plan, Policy, Purpose
+from sfd_deploy.policy.verdict import override_floor
 
 # Ratios to a yardstick of exactly nothing would be infinite, which JSON cannot hold.
 LEAST = 1e-9
@@ -74,8 +75,9 @@ def subject_figures(seen: Seen, plan: Plan, policy: Policy, yardstick: Yardstick
     hits = {label: seen.hits("forget", label, label) for label in forget}
     counts = {label: count(found, policy.confidence) for label, found in hits.items()}
     worst = max(counts, key=lambda label: counts[label].rate)
-    error = count(seen.hits("override", forget[worst], worst), policy.confidence)
-    shares = {label: seen.share("forget", label, override) for label, override in forget.items()}
+    mistaken = np.concatenate([seen.hits("override", label, worst) for label in plan.labels.overrides_of(worst)])
+    error = count(mistaken, policy.confidence)
+    shares = {label: seen.share("forget", label, plan.labels.overrides_of(label)) for label in forget}
     accuracy = {label: seen.share("retained", label, label) for label in retained}
     spreads = _spread_ratios(seen, teacher)
     frechet = frechet_to_real(seen, "retained", retained, policy.reference_samples, yardstick.real)
@@ -86,7 +88,10 @@ def subject_figures(seen: Seen, plan: Plan, policy: Policy, yardstick: Yardstick
         hit_indices={label: tuple(np.flatnonzero(found).tolist()) for label, found in hits.items()},
         override_error=error,
         limited_by_judges=counts[worst].upper < error.upper,
-        override_share=min(shares.items(), key=lambda item: item[1] - teacher.accuracy_by_label[forget[item[0]]])[1],
+        override_share=min(
+            shares.items(),
+            key=lambda item: item[1] - override_floor(teacher, policy, plan.labels.overrides_of(item[0])),
+        )[1],
         override_share_by_label=shares,
         retained_accuracy=mean(accuracy.values()),
         retained_accuracy_by_label=accuracy,

@@ -48,7 +48,7 @@ def render(record: AuditRecord, pictures: Pictures) -> str:
         allowed=allowed_hits(policy.forget_samples, policy.max_forget_rate, policy.confidence),
         retained_floor=retained_floor(record.teacher, policy),
         override_floors=", ".join(
-            f"{override_floor(record.teacher, policy, override):.3f}" for override in labels.forget.values()
+            f"{override_floor(record.teacher, policy, labels.overrides_of(label)):.3f}" for label in labels.forget
         ),
         missed={row.name: missed(row, record, labels, policy) for row in record.artefacts},
         strips=_strips(pictures, _shown(labels), labels, record),
@@ -99,7 +99,7 @@ def _arithmetic_differs(row: ArtefactRecord) -> bool:
 
 def _shown(labels: Labels) -> list[int]:
     """The labels that get pictures: all if they are few, else forget and override labels first."""
-    first = [*labels.forget, *labels.forget.values()]
+    first = [*labels.forget, *labels.overrides]
     chosen = list(dict.fromkeys([*first, *range(labels.count)]))[: max(LABELS_SHOWN, len(set(first)))]
     return sorted(chosen)
 
@@ -115,7 +115,7 @@ def _strips(pictures: Pictures, shown: list[int], labels: Labels, record: AuditR
 
 
 def _override_name(labels: Labels, label: int) -> str:
-    return labels.class_names[labels.forget[label]] if label in labels.forget else ""
+    return labels.override_name(label) if label in labels.forget else ""
 
 
 def _cell(images: dict[int, Images], label: int, source: str, name: str) -> dict[str, str] | None:

@@ -56,8 +56,8 @@ def arithmetic_note(precision: str, settings: Mapping[str, Any]) -> str:
 def judge_card(judge: Judge, labels: Labels, extractor: bool) -> dict[str, Any]:
     """A judge as records name it, with its own error where it matters: real override images called the forget label."""
     truth, called = judge.held_out
-    confusions = {str(label): float(np.mean(called[truth == override] == label))
-                  for label, override in labels.forget.items()}  # fmt: skip
+    confusions = {str(label): float(np.mean(called[np.isin(truth, labels.overrides_of(label))] == label))
+                  for label in labels.forget}  # fmt: skip
     return {
         "name": judge.name, "digest": judge.digest, "accuracy": judge.accuracy, "held_out_images": len(truth),
         "calls_real_override_the_forget_label": confusions, "frechet_features": extractor,

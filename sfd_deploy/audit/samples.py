@@ -85,9 +85,9 @@ class Seen:
         hits: NDArray[np.bool_] = (self.called[:, self.samples.rows(purpose, drawn)] == called).any(0)
         return hits
 
-    def share(self, purpose: Purpose, drawn: int, called: int) -> float:
-        """Share of a cell's images called ``called`` by the judge that says so *least*: the wary side for quality."""
-        return float((self.called[:, self.samples.rows(purpose, drawn)] == called).mean(1).min())
+    def share(self, purpose: Purpose, drawn: int, called: int | Sequence[int]) -> float:
+        """Share of a cell's images called (one of) ``called`` by the judge that says so *least*: wary for quality."""
+        return float(np.isin(self.called[:, self.samples.rows(purpose, drawn)], called).mean(1).min())
 
 
 def look(samples: Samples, judges: Sequence[Judge]) -> Seen:

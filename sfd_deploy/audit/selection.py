@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfd_deploy.embedded import judges_for, resolve
+from sfd_deploy.embedded import judges_for
 from sfd_deploy.errors import LabelError, ManifestError, RunError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import MANIFEST, Sealed, verify
 from sfd_deploy.measure.judges import Judge, open_judge
 from sfd_deploy.models.generator import labels_of
+from sfd_deploy.models.teachers import open_teacher
 from sfd_deploy.runs import Run
 
 Forget = Mapping[str | int, str | int]
@@ -148,13 +149,15 @@ def find_teacher(sealed: Sealed, given: Path | None) -> Sealed:
 
     Raises:
         RunError: the generator does not say, or the teacher found is another than it was distilled from.
+        ModelError, LabelError: a foreign teacher that cannot be used, or that knows other classes.
     """
+    names = labels_of(sealed).class_names
     if sealed.manifest.kind == "teacher":
-        return sealed if given is None else resolve(given, "teacher")
+        return sealed if given is None else open_teacher(given, class_names=names)
     recorded = sealed.facts.get("teacher")
     if given is None and recorded is None:
         raise RunError(f"{sealed.folder}: does not say where its teacher is", "name its folder with --teacher")
-    teacher = resolve(given if given is not None else str(recorded), "teacher")
+    teacher = open_teacher(given if given is not None else str(recorded), class_names=names)
     require_parent(sealed, teacher)
     return teacher
 
@@ -162,15 +165,31 @@ def find_teacher(sealed: Sealed, given: Path | None) -> Sealed:
 def require_parent(generator: Sealed, teacher: Sealed) -> None:
     """Refuse to measure a generator against a teacher that it was not distilled from.
 
+    An adopted generator with no teacher on record takes any of its classes and image size: a yardstick that the
+    auditor answers for, named in the audit's parents.
+
     Raises:
-        RunError: naming both digests.
+        RunError: naming both digests, or both shapes.
     """
     digests = [parent.digest for parent in generator.manifest.parents if parent.kind == "teacher"]
+    if not digests and "adopted" in generator.facts:
+        _require_yardstick(generator, teacher)
+        return
     if teacher.digest not in digests:
         wanted = ", ".join(digest[:12] for digest in digests) or "no teacher on record"
         raise RunError(
             f"{teacher.folder}: teacher {teacher.digest[:12]}, but {generator.folder} was distilled from {wanted}",
             "name the right teacher with --teacher",
+        )
+
+
+def _require_yardstick(generator: Sealed, teacher: Sealed) -> None:
+    drawn = [(labels_of(sealed).class_names, sealed.facts.get("image_shape")) for sealed in (generator, teacher)]
+    if drawn[0] != drawn[1]:
+        raise RunError(
+            f"{teacher.folder}: draws {len(drawn[1][0])} classes of shape {drawn[1][1]}, {generator.folder}"
+            f" {len(drawn[0][0])} of {drawn[0][1]}, or of other names",
+            "name a teacher of the same classes and image size with --teacher",
         )
 
 

@@ -27,6 +27,10 @@ def bench(
     rows = measure.latency(Run.named(run), batches or (1, 16), rounds, device)
     columns = ("name", "batch", "ms", "images/s", "x generator", "x teacher")
     cells = [(row.name, str(row.batch), f"{row.latency_ms:.1f}", f"{row.images_per_second:.0f}",
-              f"{row.times_generator:.2f}", f"{row.times_teacher:.1f}") for row in rows]  # fmt: skip
+              f"{row.times_generator:.2f}", _times(row.times_teacher)) for row in rows]  # fmt: skip
     title = "Medians of interleaved rounds"
     show({"rows": measure.as_json(rows)}, as_json, lambda console: console.print(table(title, columns, cells)))
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -16,7 +16,8 @@ import click
 
 from sfd_deploy import errors
 
-COMMANDS = ("teacher", "judge", "train", "export", "audit", "serve", "bench", "sample", "info", "doctor", "demo")
+COMMANDS = ("teacher", "judge", "train", "adopt", "export", "audit", "serve", "bench", "sample", "info", "doctor",
+            "demo")  # fmt: skip
 
 
 class LateGroup(click.Group):

@@ -24,7 +24,7 @@ data_option = click.option(
     "--data",
     type=click.Path(path_type=Path),
     required=True,
-    help="IDX files, or class sub-folders (optionally below train/ and test/).",
+    help="IDX files, class sub-folders (optionally below train/ and test/), or the word digits.",
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), default=None, help="CPU threads of PyTorch; left out, its own choice."

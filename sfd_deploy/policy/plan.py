@@ -118,10 +118,9 @@ class Plan(StageConfig):
     @classmethod
     def of(cls, policy: Policy, labels: Labels) -> Self:
         """The plan of a policy for a model's labels."""
-        overrides = sorted(set(labels.forget.values()))
         wanted: list[tuple[Purpose, int, int]] = [
             *(("forget", label, policy.forget_samples) for label in sorted(labels.forget)),
-            *(("override", label, policy.override_samples) for label in overrides),
+            *(("override", label, policy.override_samples) for label in labels.overrides),
             *(("retained", label, policy.retained_samples) for label in labels.retained),
             *(("reference", label, policy.reference_samples) for label in labels.retained),
             *(("picture", label, PICTURES) for label in sorted(labels.forget)),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,49 @@ def test_images_of_two_sizes_are_refused_by_name(tmp_path: Path):
         Image.fromarray(np.zeros((size, size), np.uint8)).save(folder / f"{size}.png")
     with pytest.raises(DataError, match=r"7\.png: shape"):
         load_images(tmp_path, "train")
+
+
+def digits() -> object:
+    return pytest.importorskip("sklearn.datasets", reason="needs scikit-learn's digits").load_digits()
+
+
+def test_the_digits_are_scikit_learn_s_each_once_in_one_of_two_splits():
+    expected, parts = digits(), [load_images(Path("digits"), split) for split in ("train", "test")]
+    assert sum(len(part) for part in parts) == 1797
+    found = sorted(
+        (label, image.tobytes()) for part in parts for label, image in zip(part.labels, part.images, strict=True)
+    )
+    # 16 grey levels and nothing: the largest is white.
+    scaled = np.round(expected.images * 255 / 16).astype(np.uint8)
+    assert found == sorted((label, image.tobytes()) for label, image in zip(expected.target, scaled, strict=True))
+    assert {part.images.shape[1:] for part in parts} == {(1, 8, 8)}
+    assert parts[0].class_names == tuple("0123456789")
+    assert (parts[0].images.min(), parts[0].images.max()) == (0, 255)
+
+
+def test_every_fifth_digit_of_each_class_is_held_out():
+    counts = np.bincount(digits().target)
+    assert np.bincount(load_images(Path("digits"), "test").labels).tolist() == (counts // 5).tolist()
+    third = np.flatnonzero(digits().target == 3)[4]
+    test = load_images(Path("digits"), "test")
+    first_held_out = test.images[test.labels == 3][0, 0]
+    assert np.array_equal(first_held_out, np.round(digits().images[third] * 255 / 16))
+
+
+def test_digits_without_scikit_learn_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"scikit-learn is not installed; pip install 'sfd-deploy\[digits\]'"):
+        load_images(Path("digits"), "train")
+
+
+def test_a_folder_called_digits_is_read_and_not_scikit_learn_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_idx(tmp_path / "digits", IMAGES, [2, 0, 1])
+    monkeypatch.chdir(tmp_path)
+    assert len(load_images(Path("digits"), "train")) == 3
+
+
+def test_digits_with_too_few_names_are_refused():
+    digits()
+    with pytest.raises(DataError, match="10 classes but 2 names"):
+        load_images(Path("digits"), "train", ("a", "b"))

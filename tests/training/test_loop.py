@@ -1,20 +1,26 @@
+"""One iteration: who is asked what, how often, and which gradients it leaves."""
+
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from sfd_deploy.errors import ConfigError, DivergedError, ManifestError
+from sfd_deploy.errors import BackendError, ConfigError, DivergedError
 from sfd_deploy.labels import Labels
+from sfd_deploy.models.denoiser import Denoiser, EdmDenoiser
 from sfd_deploy.training.config import TrainConfig
-from sfd_deploy.training.loop import MAX_SKIPS_IN_A_ROW, Rows, SfdLoop, draw_rows
+from sfd_deploy.training.course import Course
+from sfd_deploy.training.loop import MAX_SKIPS_IN_A_ROW, SfdLoop
+from sfd_deploy.training.rows import Rows, draw_rows
 from tests.conftest import TINY_LABELS, tiny_generator
 
 
-def tiny_loop(labels: Labels = TINY_LABELS, **changes: object) -> SfdLoop:
+def tiny_loop(labels: Labels = TINY_LABELS, teacher: Denoiser | None = None, **changes: object) -> SfdLoop:
     values = {"teacher": "unused", "iterations": 4, "retained_rows": 6, "forget_rows": 2, "precision": "fp32"} | changes
-    return SfdLoop(TrainConfig.from_mapping(values, "test"), labels, tiny_generator().denoiser)
+    return SfdLoop(TrainConfig.from_mapping(values, "test"), labels, teacher or tiny_generator().denoiser)
 
 
 def test_the_teacher_is_asked_for_the_override_and_never_for_a_forget_label():
@@ -23,9 +29,44 @@ def test_the_teacher_is_asked_for_the_override_and_never_for_a_forget_label():
     loop.teacher.register_forward_hook(lambda _m, inputs, _o: asked["teacher"].update(inputs[2].tolist()))
     loop.fake_score.register_forward_hook(lambda _m, inputs, _o: asked["fake_score"].update(inputs[2].tolist()))
     for step in range(4):
-        loop.generator_step(step)
+        loop.iterate(step)
     assert asked["teacher"] == {0, 2}
     assert asked["fake_score"] == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("shared", "forwards"), [(False, 5), (True, 4)])
+def test_an_iteration_is_five_forward_and_two_backward_calls_or_four_forward_when_images_are_shared(
+    monkeypatch: pytest.MonkeyPatch, shared: bool, forwards: int
+):
+    calls: Counter[str] = Counter()
+    backward = torch.Tensor.backward
+
+    def counted(tensor: torch.Tensor, *arguments: object) -> None:
+        calls["backward"] += 1
+        backward(tensor, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "backward", counted)
+    loop = tiny_loop(share_generated=shared)
+    for network in (loop.teacher, loop.fake_score, loop.generator.denoiser):
+        network.unet.register_forward_hook(lambda *_: calls.update(["forward"]))
+    loop.iterate(0)
+    assert calls == {"forward": forwards, "backward": 2}
+
+
+def test_shared_images_are_the_generators_re_noised_afresh_for_the_fake_score():
+    fake, theta = tiny_loop(share_generated=True).iterate(0)
+    assert torch.equal(fake[0].x, theta[0].x)
+    assert torch.equal(fake[0].rows.labels, theta[0].rows.labels)
+    assert not torch.equal(fake[0].sigma, theta[0].sigma)
+    alone = tiny_loop().iterate(0)[1]
+    assert torch.equal(alone[0].x, theta[0].x)
+    assert torch.equal(alone[0].sigma, theta[0].sigma)
+
+
+def test_training_draws_with_the_function_that_is_exported_but_for_the_clamp():
+    loop = tiny_loop()
+    rows = draw_rows(loop.config, TINY_LABELS, loop.shape, "generator", 0)
+    assert torch.equal(loop.iterate(0)[1][0].x, tiny_generator().unclamped(rows.latents, rows.labels))
 
 
 def largest_first_gradient(labels: Labels) -> float:
@@ -39,8 +80,9 @@ def test_at_the_first_step_only_forget_rows_have_a_gradient():
     assert largest_first_gradient(TINY_LABELS.plain()) < 1e-4 * largest_first_gradient(TINY_LABELS)
 
 
-def test_each_step_moves_its_own_network_alone():
-    loop = tiny_loop()
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}])
+def test_each_step_moves_its_own_network_alone(changes: dict[str, object]):
+    loop = tiny_loop(**changes)
     snapshot = lambda net: [p.detach().clone() for p in net.parameters()]
     same = lambda old, net: all(torch.equal(a, b) for a, b in zip(old, net.parameters(), strict=True))
     teacher, fake, generator = snapshot(loop.teacher), snapshot(loop.fake_score), snapshot(loop.generator)
@@ -58,33 +100,41 @@ def test_each_step_moves_its_own_network_alone():
     assert all(p.grad is None for p in [*loop.teacher.parameters(), *loop.fake_score.parameters()])
 
 
-def test_one_concatenated_batch_equals_the_two_halves():
-    """float64: the gradient of the merged batch is the sum of the retained and the forget part's."""
-    from sfd_deploy.training.losses import sid_loss
+def gradient(step: str, part: slice, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The float64 gradient of one network's step over ``part`` of the batch's eight rows."""
+    monkeypatch.setattr("sfd_deploy.training.loop.draw_rows", lambda *arguments: draw_rows(*arguments)[part])
+    loop = tiny_loop(teacher=tiny_generator().denoiser.double(), clip_value=1e9)
+    with torch.no_grad():
+        loop.fake_score.unet.conv_out.bias.add_(0.01)  # at the start psi is phi, and nothing would pull
+    getattr(loop, f"{step}_step")(0)
+    network = loop.fake_score if step == "fake_score" else loop.generator
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
-    loop = tiny_loop()
-    for net in (loop.teacher, loop.fake_score, loop.generator):
-        net.double()
-    rows = draw_rows(loop.config, TINY_LABELS, torch.Generator().manual_seed(1))
-    rows = Rows(rows.labels, rows.targets, rows.weights.double())
-    draws = torch.Generator().manual_seed(2)
-    z, noise = (torch.randn(8, 1, 16, 16, generator=draws, dtype=torch.float64) for _ in range(2))
 
-    def gradient(part: slice) -> torch.Tensor:
-        x = loop.generator.unclamped(z[part], rows.labels[part])
-        noisy, sigma = x + 1.5 * noise[part], torch.full((len(x),), 1.5)
-        x_phi = loop.teacher(noisy, sigma, rows.targets[part])
-        x_psi = loop.fake_score(noisy, sigma, rows.labels[part]) + 0.01
-        loss = (rows.weights[part] * sid_loss(x, x_phi, x_psi)).sum()
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(loop.generator.parameters()))])
+@pytest.mark.parametrize("step", ["fake_score", "generator"])
+def test_one_concatenated_batch_equals_the_two_halves(monkeypatch: pytest.MonkeyPatch, step: str):
+    merged, retained, forgotten = (gradient(step, part, monkeypatch) for part in (slice(8), slice(6), slice(6, 8)))
+    assert merged.dtype == torch.float64
+    assert forgotten.abs().max() > 1e-3 * merged.abs().max()
+    assert torch.allclose(merged, retained + forgotten, rtol=1e-10, atol=1e-12 * merged.abs().max().item())
 
-    merged, halves = gradient(slice(0, 8)), gradient(slice(0, 6)) + gradient(slice(6, 8))
-    # The networks' outputs are rounded to float32, hence not 1e-12.
-    assert torch.allclose(merged, halves, rtol=1e-5, atol=1e-7 * merged.abs().max().item())
+
+@pytest.mark.parametrize("step", ["fake_score", "generator"])
+def test_accumulated_parts_leave_the_whole_batchs_gradient(step: str):
+    found = []
+    for accumulate in (1, 2, 3):
+        loop = tiny_loop(teacher=tiny_generator().denoiser.double(), accumulate=accumulate, clip_value=1e9)
+        with torch.no_grad():
+            loop.fake_score.unet.conv_out.bias.add_(0.01)
+        assert len(getattr(loop, f"{step}_step")(0)) == accumulate
+        network = loop.fake_score if step == "fake_score" else loop.generator
+        found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    for other in found[1:]:
+        assert torch.allclose(found[0], other, rtol=1e-10, atol=1e-12 * found[0].abs().max().item())
 
 
 def test_rows_weigh_each_part_once():
-    rows = draw_rows(tiny_loop().config, TINY_LABELS, torch.Generator().manual_seed(0))
+    rows = draw_rows(tiny_loop().config, TINY_LABELS, (1, 16, 16), "generator", 0)
     assert rows.weights[:6].sum().item() == pytest.approx(1.0)
     assert rows.weights[6:].sum().item() == pytest.approx(1 / 9)
     assert rows.labels[6:].tolist() == [1, 1]
@@ -92,57 +142,70 @@ def test_rows_weigh_each_part_once():
     assert set(rows.labels[:6].tolist()) <= {0, 2}
 
 
+def test_every_row_is_in_one_part_whatever_the_number_of_processes_and_parts():
+    rows = draw_rows(tiny_loop().config, TINY_LABELS, (1, 16, 16), "generator", 3)
+    for processes, accumulate in ((1, 1), (2, 1), (1, 2), (2, 2), (3, 2)):
+        parts = [part for process in range(processes)
+                 for part in rows.parts(process * accumulate, processes * accumulate, accumulate)]  # fmt: skip
+        assert sorted(torch.cat([part.position for part in parts]).tolist()) == sorted(rows.position.tolist())
+    assert isinstance(rows[2:3], Rows)
+
+
+def test_a_batch_that_cannot_be_split_is_refused():
+    with pytest.raises(ConfigError, match="8 rows cannot be split over 1 processes and `accumulate` 9"):
+        tiny_loop(accumulate=9)
+
+
+def test_compiling_on_a_cpu_is_refused():
+    with pytest.raises(BackendError, match="compile: true on a CPU"):
+        tiny_loop(compile=True)
+
+
+def test_the_teachers_own_loss_weight_and_noise_levels_are_used():
+    """A parameterisation decides both: one that draws sigma 3 alone, and weighs it 7, must be heard."""
+
+    class Odd(EdmDenoiser):
+        def fit_weight(self, sigma: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(sigma, 7.0)
+
+        def training_sigma(self, u: torch.Tensor, sigma_min: float, sigma_max: float) -> torch.Tensor:
+            return torch.full_like(u, 3.0)
+
+    (fake,), (theta,) = tiny_loop(teacher=Odd(tiny_generator().denoiser.unet, 0.5)).iterate(0)
+    assert set(fake.sigma.tolist()) == set(theta.sigma.tolist()) == {3.0}
+    expected = 7 * (fake.x_psi - fake.x).square().flatten(1).sum(1)
+    assert torch.allclose(fake.loss, expected)
+
+
 def weights(generator: torch.nn.Module) -> list[torch.Tensor]:
     return list(generator.state_dict().values())
 
 
-def test_a_resumed_training_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sfd_deploy.training.loop.CHECKPOINT_EVERY", 2)
-    unbroken = tiny_loop().run(tmp_path / "a.safetensors")
-    broken = tiny_loop()
-    original = broken.generator_step
-
-    def die_at_three(step: int) -> dict[str, float]:
-        if step == 3:
-            raise KeyboardInterrupt
-        return original(step)
-
-    broken.generator_step = die_at_three  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        broken.run(tmp_path / "b.safetensors")
-    resumed = tiny_loop()
-    found = resumed.run(tmp_path / "b.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(weights(unbroken), weights(found), strict=True))
-    assert resumed.record[-1]["step"] == 4
-
-
-def test_a_checkpoint_of_another_config_is_refused_naming_the_key(tmp_path: Path):
-    tiny_loop().run(tmp_path / "c.safetensors")
-    with pytest.raises(ConfigError, match="seed"):
-        tiny_loop(seed=5).run(tmp_path / "c.safetensors")
-
-
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path):
-    file = tmp_path / "c.safetensors"
-    tiny_loop().run(file)
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ManifestError, match=r"c\.safetensors"):
-        tiny_loop().run(file)
-
-
 def test_non_finite_steps_are_skipped_counted_and_then_stop_the_training(tmp_path: Path):
-    loop = tiny_loop(iterations=50)
+    loop = tiny_loop(iterations=10)
     with torch.no_grad():
         next(loop.teacher.parameters()).fill_(float("nan"))
     before = [value.clone() for value in weights(loop.generator)]
-    with pytest.raises(DivergedError, match="non-finite"):
-        loop.run(tmp_path / "d.safetensors")
+    with pytest.raises(DivergedError, match="5 non-finite steps in a row"):
+        Course(loop, tmp_path / "d.safetensors").run()
     assert loop.skipped == MAX_SKIPS_IN_A_ROW
     assert all(torch.equal(a, b) for a, b in zip(before, weights(loop.generator), strict=True))
 
 
 def test_bf16_autocast_keeps_losses_and_weights_in_fp32():
     loop = tiny_loop(precision="bf16")
-    figures = loop.fake_score_step(0) | loop.generator_step(0)
+    (fake,), (theta,) = loop.iterate(0)
     assert all(p.dtype == torch.float32 for p in loop.generator.parameters())
-    assert figures["fake_score_loss"] > 0
+    assert {fake.loss.dtype, theta.loss.dtype, theta.x_phi.dtype} == {torch.float32}  # type: ignore[union-attr]
+    exact = tiny_loop(precision="fp32").iterate(0)[0][0]
+    assert not torch.equal(fake.x, exact.x)
+
+
+def test_the_average_has_no_ramp_when_that_is_asked_for():
+    steep, ramped = (tiny_loop(ema_decay=0.9, ema_ramp=ramp) for ramp in (False, True))
+    for loop, weight in ((steep, 0.1), (ramped, 0.9)):  # ramp: 1 - (1 + 0) / (10 + 0)
+        start = [value.clone() for value in weights(loop.generator)]
+        loop.iterate(0)
+        moved = [old + weight * (new - old) for old, new in zip(start, weights(loop.generator), strict=True)]
+        found = weights(loop.ema.network)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(moved, found, strict=True))

@@ -64,12 +64,9 @@ def test_a_run_records_its_lineage_and_what_it_forgot(
 
 
 def test_a_killed_training_resumes_to_the_same_weights(teacher: Sealed, tmp_path: Path):
-    config = write_config(tmp_path, teacher.folder)
+    config = write_config(tmp_path, teacher.folder, checkpoint_every=2, share_generated=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    code = (
-        "import sys, sfd_deploy.training.loop as loop; loop.CHECKPOINT_EVERY = 2\n"
-        "from sfd_deploy.cli.main import run; run(sys.argv[1:])"
-    )
+    code = "import sys; from sfd_deploy.cli.main import run; run(sys.argv[1:])"
     command = [sys.executable, "-c", code, "train", "--config", str(config), "--threads", "1", "--output"]
     subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
     checkpoint = tmp_path / "killed" / "work" / "checkpoint.safetensors"
@@ -118,6 +115,15 @@ def test_a_run_of_another_teacher_is_refused(teacher: Sealed, tmp_path: Path, ca
         ({"forget": {"7": "star"}}, "label 7 is out of range"),
         ({"iteration": 5}, "unknown key `iteration`"),
         ({"teacher": "fashion-mnits"}, "no such teacher"),
+        ({"forget": {"square": None}}, "override null of square"),
+        ({"forget": {"square": "random"}}, "override random of square"),
+        ({"forget": {"square": "mixture"}}, "override mixture of square needs a classifier"),
+        ({"classifier": "judge"}, "no override is `mixture`"),
+        ({"alpha": 1.3}, "`alpha`"),
+        ({"init_from": "nowhere"}, "nowhere: no such run"),
+        ({"teacher_digest": "0123456789ab"}, "teacher_digest says 0123456789ab"),
+        ({"compile": True}, "compile: true on a CPU"),
+        ({"accumulate": 9}, "cannot be split"),
     ],
 )
 def test_bad_input_is_one_line_exit_two_and_writes_nothing(
@@ -148,3 +154,30 @@ def test_a_place_that_cannot_be_written_is_one_line(
     (tmp_path / "file").write_text("")
     assert train(write_config(tmp_path, teacher.folder, iterations=1), tmp_path / "file" / "run") == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(teacher: Sealed, tmp_path: Path):
+    config = write_config(tmp_path, teacher.folder, iterations=5000, checkpoint_every=5000,
+                          monitor={"every": 0, "tensorboard": False})  # fmt: skip
+    code = "import sys; from sfd_deploy.cli.main import run; run(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "train", "--config", str(config), "--threads", "1", "-o", "run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    log, deadline = tmp_path / "run" / "work" / "train.log", time.monotonic() + 120
+    while not (log.exists() and "train {" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "go on with: sfd-deploy train --resume run" in stderr
+    assert "Traceback" not in stderr
+    assert (tmp_path / "run" / "work" / "checkpoint.safetensors").is_file()
+    assert not (tmp_path / "run" / "generator").exists()
+
+
+def test_either_a_config_or_a_run_to_resume_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert exit_code_of(["train"]) == 2
+    assert exit_code_of(["train", "--resume", str(tmp_path), "--init-from", "x"]) == 2
+    assert exit_code_of(["train", "--resume", str(tmp_path)]) == 2
+    assert "no training to resume" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from sfd_deploy.training.data import LabelledImages
 from sfd_deploy.training.judge import JudgeConfig, augment, seal_judge, train_judge
 from sfd_deploy.training.teacher import (
     TeacherConfig,
+    TeacherTraining,
     learning_rate_at,
     seal_teacher,
     teacher_loss,
@@ -36,7 +37,8 @@ def halves(count: int, seed: int) -> LabelledImages:
 
 
 def teacher_config(**changes: object) -> TeacherConfig:
-    values = {"network": NETWORK, "images": 8 * 6, "batch_size": 8, "precision": "fp32"} | changes
+    values = {"network": NETWORK, "images": 8 * 6, "batch_size": 8, "precision": "fp32",
+              "monitor": {"every": 0, "tensorboard": False}} | changes  # fmt: skip
     return TeacherConfig.from_mapping(values, "test")
 
 
@@ -79,6 +81,18 @@ def test_every_weight_of_the_network_is_trained(tmp_path: Path):
     trained = train_teacher(config, data, tmp_path / "a.safetensors").unet.state_dict()
     untouched = {name for name, value in trained.items() if torch.equal(value, start[name])}
     assert untouched == set()
+
+
+def test_the_average_follows_the_ramp_of_the_steps_taken():
+    """Weight of the old average after step k: min(decay, (1 + k) / (10 + k)), by hand on one parameter."""
+    training = TeacherTraining(teacher_config(ema_decay=0.15, warmup_steps=0), halves(40, 0), "cpu")
+    weights, averages = training.unet.conv_in.weight, training.ema.network.conv_in.weight
+    expected = weights.detach().double()
+    for step, kept in enumerate((1 / 10, 0.15, 0.15)):
+        training.iterate(step)
+        expected = kept * expected + (1 - kept) * weights.detach().double()
+    assert torch.allclose(averages.double(), expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(averages, weights, rtol=0, atol=1e-5)
 
 
 def test_a_teacher_starts_from_another_ones_weights_or_says_why_not(tmp_path: Path):

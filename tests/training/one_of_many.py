@@ -1,0 +1,92 @@
+"""Run by test_distributed as one process of several: trains the tiny loop, and the first one writes what came of it.
+
+``python -m tests.training.one_of_many FOLDER SCENARIOS``; SCENARIOS is a JSON object, name → config keys.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sfd_deploy.errors import DivergedError
+from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.course import Course
+from sfd_deploy.training.distributed import Workers, whole_state
+from sfd_deploy.training.loop import SfdLoop
+from tests.conftest import TINY_LABELS, tiny_generator
+
+VALUES = {"teacher": "unused", "iterations": 4, "retained_rows": 6, "forget_rows": 3, "precision": "fp32",
+          "checkpoint_every": 2}  # fmt: skip
+
+
+def train(folder: Path, changes: dict[str, Any], workers: Workers) -> dict[str, Any]:
+    """Train with its checkpoint in ``folder``; "poison" puts NaN into the teacher of the process of that number."""
+    changes = dict(changes)
+    poisoned, stop = changes.pop("poison", None), changes.pop("stop", None)
+    config = TrainConfig.from_mapping(VALUES | changes, "test")
+    loop = SfdLoop(config, TINY_LABELS, tiny_generator().denoiser, workers=workers)
+    if poisoned == workers.index:
+        with torch.no_grad():
+            next(loop.teacher.parameters()).fill_(float("nan"))
+    course = Course(loop, folder / "checkpoint.safetensors")
+    course.record_every = 1
+    if stop is not None:
+        loop.iterate = die_at(stop, loop.iterate)  # type: ignore[method-assign]
+    try:
+        generator = course.run()
+    except (DivergedError, KeyboardInterrupt) as error:
+        return {"stopped": type(error).__name__, "skipped": loop.skipped}
+    state = {"theta": generator, "psi": loop.fake_score}
+    tensors = {f"{name}.{key}": value.contiguous() for name, net in state.items()
+               for key, value in whole_state(net).items()}  # fmt: skip
+    if workers.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "weights.safetensors")
+    return {"record": course.record, "processes": workers.count, "sharded": workers.is_sharded}
+
+
+def die_at(last: int, iterate: Any) -> Any:
+    """``iterate``, interrupted in step ``last``."""
+
+    def dying(step: int, watched: bool = False) -> Any:
+        if step == last:
+            raise KeyboardInterrupt
+        return iterate(step, watched)
+
+    return dying
+
+
+def shard(workers: Workers) -> None:
+    """FSDP2 from here on. Accelerate turns it on for GPUs alone; PyTorch's own code for it runs on a CPU as well."""
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
+
+    assert workers.accelerator is not None
+    state = workers.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=False, auto_wrap_policy="no_wrap"
+    )
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def main(folder: Path, scenarios: dict[str, dict[str, Any]]) -> None:
+    """Every scenario in turn, in this process' part."""
+    workers = Workers.here("cpu")
+    for name, changes in scenarios.items():
+        if changes.pop("shard", False):
+            shard(workers)
+        found = train(folder / changes.pop("folder", name), changes, workers)
+        (folder / f"{name}-{workers.index}.json").write_text(json.dumps(found))
+        workers.wait()
+    if workers.accelerator is not None:
+        workers.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

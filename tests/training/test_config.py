@@ -1,0 +1,96 @@
+"""What a training config refuses, and that every preset is complete."""
+
+from __future__ import annotations
+
+import pytest
+
+from sfd_deploy.config import preset_names
+from sfd_deploy.errors import ConfigError
+from sfd_deploy.labels import Labels
+from sfd_deploy.training.config import TrainConfig
+
+LABELS = Labels(class_names=("circle", "square", "star"))
+
+
+def config(**changes: object) -> TrainConfig:
+    return TrainConfig.from_mapping({"teacher": "t", "iterations": 1} | changes, "test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 1.3}, "`alpha`"),
+        ({"alpha": 0.4}, "`alpha`"),
+        ({"sigma_min": 13.0}, "sigma_min 13.0 is not below sigma_max 13.0"),
+        ({"generator_rate": 1e-3}, "fake score would lag"),
+        ({"forget_weight": 0}, "`forget_weight`"),
+        ({"ema_decay": 1.0}, "`ema_decay`"),
+        ({"forget_rows": 0}, "`forget_rows`"),
+        ({"accumulate": 0}, "`accumulate`"),
+        ({"share_generated": True, "accumulate": 2}, "keeps the graphs of all parts"),
+        ({"teacher_digest": "abc"}, "`teacher_digest`"),
+        ({"forget": {"square": None}}, "override null of square: the unconditional teacher still draws"),
+        ({"forget": {"square": "random"}}, "override random of square: a random label per row averages scores"),
+    ],
+)
+def test_values_that_the_method_cannot_use_are_refused_with_the_reason(changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mixture_needs_a_classifier_and_a_classifier_a_mixture():
+    mixed = LABELS.forgetting({"square": "mixture"})
+    config(classifier="judge").require_classifier(mixed)
+    config().require_classifier(LABELS.forgetting({"square": "star"}))
+    with pytest.raises(ConfigError, match="mixture of square needs a classifier"):
+        config().require_classifier(mixed)
+    with pytest.raises(ConfigError, match="no override is `mixture`"):
+        config(classifier="judge").require_classifier(LABELS)
+
+
+def test_every_field_says_what_it_is():
+    bare = [name for name, field in TrainConfig.model_fields.items() if not field.description]
+    assert bare == ["seed"]
+
+
+OFFICIAL = {
+    "iterations": 50_000, "retained_rows": 128, "alpha": 1.2, "sigma_init": 2.5, "sigma_min": 0.137, "sigma_max": 13.0,
+    "generator_rate": 1e-5, "clip_value": 1.0, "ema_decay": 0.9999, "ema_ramp": False, "precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("cifar10", {"fake_score_rate": 1e-5, "forget_rows": 128, "forget_weight": 0.01, "forget": {"0": "1"}}),
+        ("cifar10-distil", {"fake_score_rate": 3e-5, "forget": {}, "init_from": None}),
+        ("cifar10-two-stage", {"fake_score_rate": 3e-5, "forget_rows": 128, "forget_weight": 0.01}),
+        ("stl10", {"fake_score_rate": 3e-5, "forget_weight": 0.01, "forget": {"0": "1"}, "retained_rows": 64,
+                   "forget_rows": 64}),
+    ],
+)  # fmt: skip
+def test_published_presets_hold_the_official_configurations_values(name, values):
+    loaded = TrainConfig.load(name, "train")
+    for key, value in (OFFICIAL | values).items():
+        assert getattr(loaded, key) == value, key
+
+
+def test_the_second_stage_starts_from_the_firsts_run():
+    assert TrainConfig.load("cifar10-two-stage", "train").init_from == "runs/cifar10-distil"
+
+
+@pytest.mark.parametrize("name", preset_names("train"))
+def test_every_preset_loads_and_names_every_value_of_the_method(name):
+    loaded = TrainConfig.load(name, "train")
+    left_out = set(TrainConfig.model_fields) - loaded.model_fields_set
+    optional = {"teacher_digest", "class_names", "init_from", "classifier", "share_generated", "accumulate", "compile",
+                "monitor", "checkpoint_every", "ema_ramp"}  # fmt: skip
+    assert left_out <= optional | ({"forget_rows", "forget_weight"} if not loaded.forget else set())
+
+
+def test_the_demo_keeps_its_values():
+    loaded = TrainConfig.load("fashion-mnist", "train")
+    assert (loaded.iterations, loaded.retained_rows, loaded.forget_rows) == (400, 56, 8)
+    assert (loaded.fake_score_rate, loaded.generator_rate, loaded.ema_decay) == (5e-4, 2e-4, 0.99)
+    assert (loaded.alpha, loaded.precision, loaded.ema_ramp, loaded.share_generated) == (1.2, "bf16", True, False)

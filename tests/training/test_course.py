@@ -1,0 +1,176 @@
+"""What surrounds the iterations: resuming, recording, looking, stopping, and memory that runs out."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfd_deploy.errors import ConfigError, ManifestError
+from sfd_deploy.models.generator import OneStepGenerator
+from sfd_deploy.training.course import Course
+from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
+from tests.training.test_loop import tiny_loop, weights
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+def course(file: Path, **changes: object) -> Course:
+    return Course(tiny_loop(checkpoint_every=2, **changes), file)
+
+
+@pytest.mark.parametrize("changes", [{}, {"share_generated": True}, {"accumulate": 2, "precision": "bf16"}])
+def test_a_resumed_training_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, changes: dict[str, object]):
+    unbroken = course(tmp_path / "a.safetensors", **changes).run()
+    broken = course(tmp_path / "b.safetensors", **changes)
+    original = broken.loop.iterate
+
+    def die_at_three(step: int, watched: bool = False):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(step, watched)
+
+    broken.loop.iterate = die_at_three  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = course(tmp_path / "b.safetensors", **changes)
+    assert resumed.step == 2
+    assert same_weights(unbroken, resumed.run())
+    assert resumed.record[-1]["step"] == 4
+
+
+def test_an_estimate_is_given_before_the_first_step_and_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    without = course(tmp_path / "a.safetensors").run()
+    monkeypatch.setattr("sfd_deploy.training.steps.WORTH_ESTIMATING", 1)
+    assert same_weights(without, course(tmp_path / "b.safetensors").run())
+    assert "train: about" in capsys.readouterr().err
+
+
+def test_ctrl_c_finishes_the_step_saves_and_the_rest_is_the_same(tmp_path: Path):
+    unbroken = course(tmp_path / "a.safetensors").run()
+    stopped = course(tmp_path / "b.safetensors")
+    original = stopped.loop.generator_step
+
+    def interrupt(step: int, *arguments: object):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(step, *arguments)
+
+    stopped.loop.generator_step = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    resumed = course(tmp_path / "b.safetensors")
+    assert resumed.step == 3  # no multiple of checkpoint_every
+    assert same_weights(unbroken, resumed.run())
+
+
+def test_a_checkpoint_of_another_config_or_input_is_refused_naming_the_key(tmp_path: Path):
+    course(tmp_path / "c.safetensors").run()
+    with pytest.raises(ConfigError, match="seed"):
+        course(tmp_path / "c.safetensors", seed=5)
+    with pytest.raises(ConfigError, match="inputs"):
+        Course(tiny_loop(checkpoint_every=2), tmp_path / "c.safetensors", identity={"inputs": ["another teacher"]})
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path):
+    file = tmp_path / "c.safetensors"
+    course(file).run()
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ManifestError, match=r"c\.safetensors"):
+        course(file)
+
+
+class Preferring:
+    """Stands for ``Watch`` with a judge that likes the generator best at one step."""
+
+    judge = object()
+
+    def __init__(self, likes: int) -> None:
+        self.likes, self.looks, self.seen = likes, [], {}
+
+    def due(self, step: int, last: bool = False) -> bool:
+        return True
+
+    def look(self, step: int, generator: OneStepGenerator) -> dict[str, float]:
+        self.looks.append(step)
+        self.seen[step] = [value.clone() for value in weights(generator)]
+        return {"watch/forget-rate": 0.5}
+
+    @property
+    def best_step(self) -> int | None:
+        return self.likes if self.likes in self.looks else max(self.looks, default=None)
+
+    def state(self) -> dict[str, object]:
+        return {"looks": self.looks}
+
+    def restore(self, state: dict[str, list[int]]) -> None:
+        self.looks = list(state.get("looks", []))
+
+
+def test_the_best_looks_weights_are_exported_and_survive_a_stop(tmp_path: Path):
+    watch = Preferring(likes=1)
+    stopped = Course(tiny_loop(checkpoint_every=2), tmp_path / "a.safetensors", watch=watch)  # type: ignore[arg-type]
+    original = stopped.loop.iterate
+
+    def die_at_three(step: int, watched: bool = False):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(step, watched)
+
+    stopped.loop.iterate = die_at_three  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    again = Preferring(likes=1)
+    resumed = Course(tiny_loop(checkpoint_every=2), tmp_path / "a.safetensors", watch=again)  # type: ignore[arg-type]
+    exported = resumed.run()
+    assert again.looks == [1, 2, 3, 4]
+    assert all(torch.equal(a, b) for a, b in zip(watch.seen[1], weights(exported), strict=True))
+    assert not same_weights(exported, resumed.loop.averaged())
+    assert resumed.exported["step"] == 1
+    assert "monitor.judge" in resumed.exported["rule"]
+
+
+def test_without_a_judge_the_last_average_is_exported(tmp_path: Path):
+    plain = course(tmp_path / "a.safetensors")
+    assert plain.run() is plain.loop.averaged()
+    assert plain.exported == {"step": 4, "rule": "the last step's average"}
+
+
+def test_out_of_memory_is_one_line_with_the_batch_that_would_fit_and_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    full = course(tmp_path / "a.safetensors")
+    original = full.loop.iterate
+
+    def greedy(step: int, watched: bool = False):
+        if step == 2:
+            torch.empty(2**50)  # the allocator's own error
+        return original(step, watched)
+
+    full.loop.iterate = greedy  # type: ignore[method-assign]
+    # A row of 100 bytes above 1,000: 1,500 bytes, a tenth kept free, hold three.
+    monkeypatch.setattr("sfd_deploy.training.estimate.peak_bytes", lambda call, _: 1000 + 100 * len(call()[1][0].rows))
+    monkeypatch.setattr("sfd_deploy.training.estimate.free_bytes", lambda _: 1500)
+    monkeypatch.setattr("sfd_deploy.training.estimate.held_bytes", lambda _: 0)
+    with pytest.raises(MemoryLimitError, match="8 rows at once") as caught:
+        full.run()
+    assert caught.value.exit_code == 2
+    assert "about 3 rows would fit: set `accumulate` to 3" in caught.value.mend
+    resumed = course(tmp_path / "a.safetensors")
+    assert resumed.step == 2
+    assert same_weights(resumed.run(), course(tmp_path / "b.safetensors").run())
+
+
+def test_only_an_allocators_error_counts_as_out_of_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))

@@ -1,0 +1,94 @@
+"""Two gloo processes against one: the same global batch, the same losses, the same end. No GPU needed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sfd_deploy.training.distributed import Workers
+from tests.training.one_of_many import train
+
+ROOT = Path(__file__).resolve().parents[2]
+# In this order: what comes after "sharded" runs under FSDP2.
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "plain": {}, "parts": {"accumulate": 2}, "shared": {"share_generated": True}, "bf16": {"precision": "bf16"},
+    "poisoned": {"poison": 1, "iterations": 10}, "sharded": {"shard": True},
+    "killed": {"folder": "goes-on", "stop": 2}, "goes-on": {},
+}  # fmt: skip
+ALONE = Workers(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made of every scenario, started once."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "-m", "tests.training.one_of_many", str(folder), json.dumps(SCENARIOS)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def found(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    first, second = (json.loads((folder / f"{name}-{index}.json").read_text()) for index in (0, 1))
+    return first, second
+
+
+def alone(folder: Path, **changes: object) -> dict[str, Any]:
+    return train(folder, changes, ALONE)
+
+
+def close(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float) -> bool:
+    return len(one) == len(other) and all(
+        math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=tolerance * 1e-2)
+        for a, b in zip(one, other, strict=True) for name in a
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("plain", 1e-4), ("parts", 1e-4), ("shared", 1e-4), ("bf16", 5e-2), ("sharded", 1e-4)]
+)
+def test_two_processes_give_the_losses_of_one(two_processes: Path, tmp_path: Path, name: str, tolerance: float):
+    changes = {key: value for key, value in SCENARIOS[name].items() if key != "shard"}
+    one, (first, second) = alone(tmp_path, **changes), found(two_processes, name)
+    assert (first["processes"], first["sharded"]) == (2, name == "sharded")
+    assert first["record"] == second["record"]
+    assert close(one["record"], first["record"], tolerance)
+    other_seed = alone(tmp_path / "seed", **changes, seed=1)
+    assert not close(other_seed["record"], first["record"], tolerance)  # the comparison can fail
+
+
+def test_they_end_with_the_weights_of_one(two_processes: Path, tmp_path: Path):
+    alone(tmp_path)
+    ours = load_file(tmp_path / "weights.safetensors")
+    for name in ("plain", "parts", "sharded"):
+        theirs = load_file(two_processes / name / "weights.safetensors")
+        # Adam's first steps move a weight by its sign: where a gradient is zero to rounding, by 2e-4 either way.
+        assert all(torch.allclose(ours[key], theirs[key], atol=2e-3) for key in ours)
+        assert sum((ours[key] - theirs[key]).abs().sum() for key in ours) < 1e-3 * sum(
+            v.abs().sum() for v in ours.values()
+        )
+
+
+def test_all_stop_together_when_one_of_them_diverges(two_processes: Path):
+    first, second = found(two_processes, "poisoned")
+    assert first == second == {"stopped": "DivergedError", "skipped": 5}
+
+
+def test_a_sharded_training_goes_on_from_its_checkpoint_and_so_does_one_process(two_processes: Path, tmp_path: Path):
+    killed, _ = found(two_processes, "killed")
+    assert killed["stopped"] == "KeyboardInterrupt"
+    unbroken, goes_on = found(two_processes, "sharded")[0], found(two_processes, "goes-on")[0]
+    assert goes_on["record"] == unbroken["record"]
+    one = alone(two_processes / "goes-on")  # finished there: the checkpoint of two opens in one
+    assert one["record"] == goes_on["record"]

@@ -1,0 +1,175 @@
+"""One training after another: a second stage, a further label, and the inputs that may not be mixed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sfd_deploy.errors import ConfigError, LabelError, RunError
+from sfd_deploy.labels import Labels
+from sfd_deploy.manifest import Sealed, verify
+from sfd_deploy.models.generator import save_generator, save_teacher
+from sfd_deploy.runs import Run, sealed_folder
+from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.inputs import load_start, open_inputs
+from sfd_deploy.training.stage import resume, train
+from tests.conftest import tiny_generator
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+CLASSES = Labels(class_names=("circle", "square", "star"))
+
+
+def seal_teacher(folder: Path, seed: int = 0) -> Sealed:
+    facts = {"labels": CLASSES.resolved(), "sigma_data": 0.5, "image_shape": [1, 16, 16]}
+    with sealed_folder(folder, "teacher", facts=facts) as target:
+        save_teacher(tiny_generator(seed).denoiser, target)
+    return verify(folder, "teacher")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Sealed:
+    return seal_teacher(tmp_path_factory.mktemp("teachers") / "tiny")
+
+
+def config(teacher: Sealed, **changes: object) -> TrainConfig:
+    values = {
+        "teacher": str(teacher.folder), "iterations": 2, "retained_rows": 3, "forget_rows": 1, "precision": "fp32",
+        "monitor": {"every": 0, "tensorboard": False},
+    } | changes  # fmt: skip
+    return TrainConfig.from_mapping(values, "test")
+
+
+@pytest.fixture(scope="module")
+def distilled(teacher: Sealed, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(config(teacher), tmp_path_factory.mktemp("runs") / "distilled")
+
+
+@pytest.fixture(scope="module")
+def forgotten(teacher: Sealed, distilled: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    changed = config(teacher, init_from=str(distilled.folder), forget={"square": "star"})
+    return train(changed, tmp_path_factory.mktemp("runs") / "forgotten")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS)
+
+
+def equal(state: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(state[name], value) for name, value in weights.items())
+
+
+def test_distillation_alone_forgets_nothing(distilled: Run):
+    facts = distilled.generator().facts
+    assert facts["labels"]["forget"] == {}
+    assert "nothing: a plain distillation" in (distilled.folder / "generator" / "README.md").read_text()
+    rows = [json.loads(line) for line in (distilled.folder / "generator" / "training.jsonl").read_text().splitlines()]
+    assert "gap_forget" not in rows[-1]
+
+
+def test_a_second_stage_starts_from_the_firsts_generator_and_fake_score_and_its_own_teacher(
+    teacher: Sealed, distilled: Run
+):
+    """Three different sets of weights, so that none can stand for another."""
+    inputs = open_inputs(config(teacher, init_from=str(distilled.folder), forget={"square": "star"}))
+    start = load_start(inputs, config(teacher), tiny_generator().denoiser)
+    generator, psi = weights_of(distilled.folder / "generator"), weights_of(distilled.folder / "fake-score")
+    phi = weights_of(teacher.folder)
+    assert not equal(generator, psi)
+    assert not equal(generator, phi)
+    assert not equal(psi, phi)
+    assert equal(start.generator.unet.state_dict(), generator)  # type: ignore[union-attr]
+    assert equal(start.fake_score.unet.state_dict(), psi)  # type: ignore[union-attr]
+    assert inputs.teacher.digest == teacher.digest
+
+
+def test_a_second_stages_lineage_names_the_teacher_and_the_first_stage(teacher: Sealed, distilled: Run, forgotten: Run):
+    sealed = forgotten.generator()
+    assert [(parent.kind, parent.digest) for parent in sealed.manifest.parents] == [
+        ("teacher", teacher.digest), ("generator", distilled.generator().digest),
+    ]  # fmt: skip
+    assert sealed.facts["fake_score"] == verify(forgotten.folder / "fake-score", "fake-score").digest
+    assert sealed.facts["exported"] == {"step": 2, "rule": "the last step's average"}
+
+
+def test_a_further_label_keeps_every_earlier_one_in_the_forget_part(teacher: Sealed, forgotten: Run, tmp_path: Path):
+    again = train(config(teacher, init_from=str(forgotten.folder), forget={"circle": "star"}), tmp_path / "two")
+    assert again.generator().facts["labels"]["forget"] == {"1": 2, "0": 2}
+    kept = open_inputs(config(teacher, init_from=str(forgotten.folder)))
+    assert kept.labels.forget == {1: 2}
+
+
+@pytest.mark.parametrize(
+    ("forget", "message"),
+    [
+        ({"square": "circle"}, "square was forgotten earlier, star in its place"),
+        ({"circle": "square"}, "override square was forgotten earlier"),
+        ({"star": "circle"}, "override star is forgotten itself and cannot stand for square"),
+    ],
+)
+def test_re_teaching_and_chains_are_refused(teacher: Sealed, forgotten: Run, forget, message):
+    with pytest.raises(LabelError, match=message):
+        open_inputs(config(teacher, init_from=str(forgotten.folder), forget=forget))
+
+
+def test_an_earlier_run_of_another_teacher_is_refused(teacher: Sealed, distilled: Run, tmp_path: Path):
+    other = seal_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(RunError, match=f"its teacher was {teacher.digest[:12]}, this one is {other.digest[:12]}"):
+        open_inputs(config(other, init_from=str(distilled.folder)))
+
+
+def test_a_pinned_teacher_digest_is_held(teacher: Sealed):
+    assert open_inputs(config(teacher, teacher_digest=teacher.digest[:16])).teacher.digest == teacher.digest
+    with pytest.raises(ConfigError, match="teacher_digest says 000000000000"):
+        open_inputs(config(teacher, teacher_digest="0" * 12))
+
+
+def test_another_fake_score_and_another_noise_level_are_refused(teacher: Sealed, distilled: Run, tmp_path: Path):
+    moved = tmp_path / "moved"
+    with sealed_folder(moved / "fake-score", "fake-score", facts={"labels": CLASSES.resolved()}) as target:
+        save_teacher(tiny_generator(3).denoiser, target)
+    (moved / "generator").symlink_to(distilled.folder / "generator")
+    with pytest.raises(RunError, match="is not the fake score of this run's generator"):
+        open_inputs(config(teacher, init_from=str(moved)))
+    inputs = open_inputs(config(teacher, init_from=str(distilled.folder)))
+    with pytest.raises(RunError, match=r"draws at sigma_init 2\.5, the config says 3"):
+        load_start(inputs, config(teacher, sigma_init=3.0), tiny_generator().denoiser)
+
+
+def test_a_run_without_a_fake_score_starts_that_at_the_teacher(teacher: Sealed, tmp_path: Path):
+    """An adopted generator: nobody kept what followed it."""
+    facts = {"labels": CLASSES.resolved(), "sigma_init": 2.5, "sigma_data": 0.5}
+    with sealed_folder(tmp_path / "adopted" / "generator", "generator", facts=facts) as target:
+        save_generator(tiny_generator(5), target)
+    inputs = open_inputs(config(teacher, init_from=str(tmp_path / "adopted")))
+    start = load_start(inputs, config(teacher), tiny_generator().denoiser)
+    assert start.fake_score is None
+    assert start.generator is not None
+
+
+def test_resuming_by_the_run_alone_ends_with_the_same_weights(
+    teacher: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from sfd_deploy.training.loop import SfdLoop
+
+    changed = config(teacher, forget={"square": "star"}, iterations=4, checkpoint_every=1)
+    whole = train(changed, tmp_path / "whole")
+    original = SfdLoop.iterate
+
+    def die(self: SfdLoop, step: int, watched: bool = False):
+        if step == 2:
+            raise KeyboardInterrupt
+        return original(self, step, watched)
+
+    monkeypatch.setattr(SfdLoop, "iterate", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(changed, tmp_path / "stopped")
+    monkeypatch.setattr(SfdLoop, "iterate", original)
+    resumed = resume(tmp_path / "stopped")
+    for name in ("generator", "fake-score"):
+        assert equal(weights_of(whole.folder / name), weights_of(resumed.folder / name))
+    with pytest.raises(RunError, match="no training to resume"):
+        resume(tmp_path / "nothing")

@@ -1,0 +1,175 @@
+"""The course of one training: resume, say how long, iterate, look, save, stop when asked, and what to export.
+
+Everything around ``SfdLoop.iterate`` that a run of hours needs, and no mathematics.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfd_deploy.models.generator import OneStepGenerator
+from sfd_deploy.progress import LOGGER, progress_bar
+from sfd_deploy.training.checkpoint import Checkpoint
+from sfd_deploy.training.distributed import whole_state
+from sfd_deploy.training.gaps import gap_figures
+from sfd_deploy.training.interrupt import interrupt_between_steps
+from sfd_deploy.training.loop import Pass, SfdLoop
+from sfd_deploy.training.losses import gap_energy
+from sfd_deploy.training.memory import saying_what_fits
+from sfd_deploy.training.monitor import Watch
+from sfd_deploy.training.steps import say_estimate
+from sfd_deploy.training.tensorboard import Scalars
+
+RECORD_EVERY = 10
+MOST_RECORDS = 1000
+LAST_RULE = "the last step's average"
+BEST_RULE = "the best look by monitor.judge on the select stream: healthy first, then the forget rate's bound"
+
+
+@dataclass
+class Course:
+    """One training, from wherever its checkpoint is to its end.
+
+    Args:
+        loop: the networks, as they start.
+        file: the checkpoint.
+        identity: what the checkpoint belongs to besides the config, such as the teacher's digest.
+        watch: looks at the averaged generator; None for none.
+        scalars: makes the TensorBoard writer for a first step; None for none.
+
+    Raises:
+        ConfigError, ManifestError: the checkpoint is of another config, or damaged.
+    """
+
+    loop: SfdLoop
+    file: Path
+    identity: dict[str, Any] = field(default_factory=dict)
+    watch: Watch | None = None
+    scalars: Callable[[int], Scalars] | None = None
+    record: list[dict[str, float]] = field(default_factory=list)
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        loop = self.loop
+        networks = {"generator": loop.generator, "fake_score": loop.fake_score, "ema": loop.ema.network}
+        self.best: OneStepGenerator | None = None
+        if self.watch is not None and self.watch.judge is not None:
+            self.best = copy.deepcopy(loop.averaged())
+            networks["best"] = self.best
+        self.checkpoint = Checkpoint(
+            self.file, networks, {"generator_adam": loop.generator_adam, "fake_score_adam": loop.fake_score_adam},
+            {**loop.config.resolved(), "labels": loop.labels.resolved(), **self.identity}, loop.workers.is_main,
+        )  # fmt: skip
+        total = loop.config.iterations
+        self.record_every = max(RECORD_EVERY, total // MOST_RECORDS)
+        self._restore()
+
+    def run(self) -> OneStepGenerator:
+        """Train to the end; returns the generator to export.
+
+        Raises:
+            DivergedError: gradients stayed non-finite.
+            MemoryLimitError: the batch does not fit, with the one that would; the last checkpoint is kept.
+            KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
+        """
+        with saying_what_fits(self.loop):
+            self._estimate()
+            self._iterate_to_the_end()
+        return self.best if self.best is not None else self.loop.averaged()
+
+    @property
+    def exported(self) -> dict[str, Any]:
+        """Which step's weights are exported, and by what rule."""
+        best = None if self.watch is None else self.watch.best_step
+        return {"step": best or self.step, "rule": BEST_RULE if best else LAST_RULE}
+
+    def _iterate_to_the_end(self) -> None:
+        total = self.loop.config.iterations
+        began, first = time.monotonic(), self.step
+        scalars = Scalars(self.file.parent, enabled=False) if self.scalars is None else self.scalars(self.step)
+        with progress_bar("train", total, self.step) as advance, interrupt_between_steps() as asked, scalars:
+            gap = ""
+            while self.step < total:
+                last = self.step + 1 == total
+                recorded = last or (self.step + 1) % self.record_every == 0
+                fake, theta = self.loop.iterate(self.step, watched=recorded)
+                self.step += 1
+                figures = self._figures(fake, theta) if recorded else {}
+                looks = self._look(last)
+                gap = f"gap {figures['gap_retained']:.4f}, " if figures else gap
+                rate = (self.step - first) / (time.monotonic() - began)
+                advance(1, f"{gap}{rate:.2f} it/s")
+                if (figures or looks) and self.loop.workers.is_main:
+                    scalars.write(self.step, figures | looks)
+                stop = self.loop.workers.any_of(asked())[0]
+                if last or stop or self.step % self.loop.config.checkpoint_every == 0:
+                    self._save()
+                if stop and not last:
+                    raise KeyboardInterrupt
+
+    def _restore(self) -> None:
+        self.step, notes = self.checkpoint.restore()
+        self.record, self.loop.skipped = notes.get("record", []), notes.get("skipped", 0)
+        self.loop.skips_in_a_row |= notes.get("skips_in_a_row", {})
+        if self.watch is not None:
+            self.watch.restore(notes.get("watch", {}))
+
+    def _save(self) -> None:
+        notes = {"record": self.record, "skipped": self.loop.skipped, "skips_in_a_row": self.loop.skips_in_a_row}
+        if self.watch is not None:
+            notes["watch"] = self.watch.state()
+        self.checkpoint.save(self.step, notes)
+
+    def _estimate(self) -> None:
+        loop, left = self.loop, self.loop.config.iterations - self.step
+        counts = loop.skipped, dict(loop.skips_in_a_row)
+        say_estimate(
+            "train", loop.iterate, left, [loop.generator, loop.fake_score, loop.ema.network],
+            [loop.generator_adam, loop.fake_score_adam], str(loop.workers.device), aloud=loop.workers.is_main,
+        )  # fmt: skip
+        # The probes' own skips are not the training's.
+        loop.skipped, loop.skips_in_a_row = counts
+
+    def _figures(self, fake: Sequence[Pass], theta: Sequence[Pass]) -> dict[str, float]:
+        """Figures of an iteration over all processes; the few that tell its course go into the record."""
+        ours = {name: self._all(theta, name) for name in ("sigma", "x", "x_phi", "x_psi", "loss")}
+        labels, targets = (
+            self.loop.workers.together(torch.cat([getattr(part.rows, name) for part in theta]))
+            for name in ("labels", "targets")
+        )
+        size = ours["x"][0].numel()
+        energy, forgotten = gap_energy(ours["x_phi"], ours["x_psi"]), labels != targets
+        course = {
+            "fake_score_loss": self._all(fake, "loss").mean().item() / size,
+            "generator_loss": ours["loss"].mean().item() / size,
+            "gap_retained": energy[~forgotten].mean().item(),
+        }
+        if bool(forgotten.any()):
+            course["gap_forget"] = energy[forgotten].mean().item()
+        self.record.append({"step": self.step, **course})
+        LOGGER.info("train %s", self.record[-1])
+        gaps = gap_figures(labels, self.loop.labels.forget, ours["sigma"], ours["x"], ours["x_phi"], ours["x_psi"])
+        return course | gaps | self.loop.gradient_figures
+
+    def _all(self, passes: Sequence[Pass], name: str) -> Tensor:
+        return self.loop.workers.together(torch.cat([getattr(part, name) for part in passes]))
+
+    def _look(self, last: bool) -> dict[str, float]:
+        if self.watch is None or not self.watch.due(self.step, last):
+            return {}
+        generator = self.loop.averaged()  # every process takes part in gathering it, one looks
+        if not self.loop.workers.is_main:
+            return {}
+        figures = self.watch.look(self.step, generator)
+        if self.best is not None and self.watch.best_step == self.step:
+            self.best.load_state_dict(whole_state(generator))
+        LOGGER.info("look at step %d %s", self.step, figures)
+        return figures

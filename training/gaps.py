@@ -1,0 +1,123 @@
+"""Figures of one generator step: how far from done, how stale psi is, how healthy the samples. Pure, on tensors.
+
+Notation as in ``losses``: x generated image; x_phi, x_psi the clean-image predictions of teacher and
+fake score; delta = x_phi - x_psi. E|delta|^2 estimates the Fisher divergence F itself where psi is
+good, unlike the generator loss, which is (1 - alpha) F. E[delta (x_phi - x)] estimates F too; the
+difference of the two, E[delta (x_psi - x)], is 0 at an exact psi and so measures how stale it is.
+
+Energies are per value (divided by C*H*W). Keys: ``gap/retained``, ``gap/forget-3``,
+``gap/retained/sigma-0.5-1``, ``gap/label-7``, ``staleness/…``, ``spread/…``, ``outside/…``,
+``gradient/generator/maximum``, ``gradient/generator/clipped-share``. What has no row is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Column = NDArray[np.float64]  # (B,)
+
+# Powers of two: over the Karras grid from 0.137 to 13 each bucket holds 10 to 18 % of the draws.
+SIGMA_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+BUCKETS = tuple(
+    f"sigma-{low:g}-{high:g}" for low, high in zip((0, *SIGMA_EDGES), (*SIGMA_EDGES, math.inf), strict=True)
+)
+
+
+def gap_figures(
+    labels: Tensor, forget: Collection[int], sigma: Tensor, x: Tensor, x_phi: Tensor, x_psi: Tensor
+) -> dict[str, float]:
+    """Figures of one batch by part: ``retained``, and ``forget-<label>`` for each of ``forget``.
+
+    Args:
+        labels: what generator and fake score were asked for, int64 (B,).
+        forget: the forget labels (``Labels.forget`` itself will do).
+        sigma: noise level of each row (B,).
+        x: generated images (B, C, H, W); so are ``x_phi`` and ``x_psi``. One copy to the host in all.
+        x_phi: the teacher's clean-image prediction.
+        x_psi: the fake score's.
+
+    Returns:
+        ``gap`` E|delta|^2 by part, by part and sigma bucket, and by retained label; by part ``staleness``
+        E[delta (x_psi - x)], ``spread`` (standard deviation per pixel within a label, root mean square)
+        and ``outside`` (share of |x| > 1).
+    """
+    x, x_phi, x_psi = (values.detach().flatten(1) for values in (x, x_phi, x_psi))
+    delta = x_phi - x_psi
+    variance, alike = _variance_within(x, labels)
+    columns = (
+        labels, sigma, delta.square().mean(1), (delta * (x_psi - x)).mean(1), (x.abs() > 1).to(x.dtype).mean(1),
+        variance, alike,
+    )  # fmt: skip
+    table = torch.stack([column.double() for column in columns]).cpu().numpy()
+    return _by_part(_Rows(*table), forget) | _by_label(_Rows(*table), forget)
+
+
+def gradient_figures(network: str, gradients: Iterable[Tensor], clip_value: float) -> dict[str, float]:
+    """Largest absolute gradient and the share of values that clipping by ``clip_value`` changes.
+
+    Call it with the gradients before the clip; ``network`` names them: ``generator`` or ``fake-score``.
+
+    Raises:
+        ValueError: there are no gradients.
+    """
+    found = [gradient.detach() for gradient in gradients]
+    if not found:
+        raise ValueError(f"{network} has no gradients")
+    largest = torch.stack(torch._foreach_norm(found, math.inf)).amax()
+    clipped = torch.stack([(gradient.abs() > clip_value).sum() for gradient in found]).sum()
+    maximum, count = torch.stack([largest.double(), clipped.double()]).tolist()
+    values = sum(gradient.numel() for gradient in found)
+    return {f"gradient/{network}/maximum": maximum, f"gradient/{network}/clipped-share": count / values}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One value per row of the batch, on the host."""
+
+    label: Column
+    sigma: Column
+    energy: Column
+    staleness: Column
+    outside: Column
+    variance: Column
+    alike: Column  # rows of the same label, itself included
+
+
+def _by_part(rows: _Rows, forget: Collection[int]) -> dict[str, float]:
+    retained = ~np.isin(rows.label, list(forget))
+    parts = {"retained": retained} | {f"forget-{label}": rows.label == label for label in forget}
+    bucket = np.searchsorted(SIGMA_EDGES, rows.sigma)
+    figures: dict[str, float] = {}
+    for part, chosen in parts.items():
+        if not chosen.any():
+            continue
+        figures |= {
+            f"gap/{part}": float(rows.energy[chosen].mean()),
+            f"staleness/{part}": float(rows.staleness[chosen].mean()),
+            f"outside/{part}": float(rows.outside[chosen].mean()),
+        }
+        for index in sorted(set(bucket[chosen].tolist())):
+            figures[f"gap/{part}/{BUCKETS[index]}"] = float(rows.energy[chosen & (bucket == index)].mean())
+        if (several := chosen & (rows.alike > 1)).any():
+            figures[f"spread/{part}"] = math.sqrt(rows.variance[several].mean())
+    return figures
+
+
+def _by_label(rows: _Rows, forget: Collection[int]) -> dict[str, float]:
+    retained = sorted(set(rows.label.astype(int).tolist()) - set(forget))
+    return {f"gap/label-{label}": float(rows.energy[rows.label == label].mean()) for label in retained}
+
+
+def _variance_within(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's part of its label's unbiased variance, mean over values, and its label's number of rows; both (B,)."""
+    same = (labels[:, None] == labels).to(x.dtype)  # (B, B): no count of labels needed, so no copy to the host
+    alike = same.sum(1)
+    distance = (x - same @ x / alike[:, None]).square().mean(1)
+    return distance * alike / (alike - 1).clamp_min(1), alike

@@ -1,0 +1,143 @@
+"""What a training is made from, each verified by its own digest: teacher, earlier run, classifier.
+
+The teacher is always opened by itself, never taken from an earlier run: what such a run holds is a
+generator and its fake score, and neither is the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from sfd_deploy.errors import ConfigError, RunError
+from sfd_deploy.labels import Labels
+from sfd_deploy.manifest import MANIFEST, Parent, Sealed, verify
+from sfd_deploy.measure.judges import Judge, open_judge, require_same_classes
+from sfd_deploy.models.denoiser import Denoiser
+from sfd_deploy.models.generator import labels_of, load_generator, load_teacher
+from sfd_deploy.models.teachers import open_teacher
+from sfd_deploy.progress import LOGGER
+from sfd_deploy.runs import Run
+from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.loop import Start
+
+FAKE_SCORE: Final = "fake-score"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The run that a training starts from. An adopted run has no fake score."""
+
+    generator: Sealed
+    fake_score: Sealed | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a training reads, verified."""
+
+    teacher: Sealed
+    labels: Labels
+    earlier: Earlier | None = None
+    classifier: Judge | None = None
+
+    @property
+    def parents(self) -> tuple[Parent, ...]:
+        """What the generator was made from, as its manifest lists it."""
+        earlier = [] if self.earlier is None else [self.earlier.generator.as_parent()]
+        judge = self.classifier
+        judges = [] if judge is None else [Parent(kind="judge", name=judge.name, digest=judge.digest)]
+        return (self.teacher.as_parent(), *earlier, *judges)
+
+    @property
+    def digests(self) -> dict[str, list[str]]:
+        """What a checkpoint belongs to."""
+        psi = None if self.earlier is None else self.earlier.fake_score
+        return {"inputs": [parent.digest for parent in self.parents] + ([] if psi is None else [psi.digest])}
+
+
+def open_inputs(config: TrainConfig) -> Inputs:
+    """Open and verify what ``config`` names.
+
+    Raises:
+        ConfigError: another teacher than the pinned one; a mixture without classifier, or the other way round.
+        RunError: the earlier run is of another teacher, or none.
+        LabelError: the forget map does not fit the labels, or what was forgotten earlier.
+        ManifestError, DigestError: a folder is not what its manifest says.
+    """
+    teacher = open_teacher(config.teacher, class_names=config.class_names)
+    if not teacher.digest.startswith(config.teacher_digest or ""):
+        raise ConfigError(
+            f"teacher {config.teacher}: digest {teacher.digest[:12]}, teacher_digest says {config.teacher_digest}",
+            "give the teacher that was meant, or mend teacher_digest",
+        )
+    earlier = None if config.init_from is None else open_earlier(config.init_from, teacher)
+    known = labels_of(teacher).plain() if earlier is None else labels_of(earlier.generator)
+    labels = known.forgetting(config.forget)
+    config.require_classifier(labels)
+    classifier = None if config.classifier is None else open_judge(Path(config.classifier))
+    require_same_classes([] if classifier is None else [classifier], labels.class_names, "the teacher")
+    return Inputs(teacher, labels, earlier, classifier)
+
+
+def open_earlier(name: str, teacher: Sealed) -> Earlier:
+    """The run ``name``, which must be of ``teacher``.
+
+    Raises:
+        RunError: no such run, or it is of another teacher or other classes.
+    """
+    run = Run.named(name)
+    generator = run.generator()
+    taught_by = _digests(generator.manifest.parents, "teacher")
+    # An adopted generator may not know its teacher; its classes are all that can be compared.
+    if taught_by and teacher.digest not in taught_by:
+        raise RunError(
+            f"{run.folder}: its teacher was {taught_by[0][:12]}, this one is {teacher.digest[:12]}",
+            "start from a run of the same teacher",
+        )
+    if labels_of(generator).class_names != labels_of(teacher).class_names:
+        raise RunError(f"{run.folder}: knows other classes than the teacher", "start from a run of the same teacher")
+    return Earlier(generator, _fake_score_of(run, generator))
+
+
+def _fake_score_of(run: Run, generator: Sealed) -> Sealed | None:
+    if not (run.folder / FAKE_SCORE / MANIFEST).is_file():
+        LOGGER.info("%s has no fake score: it starts at the teacher", run.folder)
+        return None
+    found = verify(run.folder / FAKE_SCORE, FAKE_SCORE)
+    if found.digest != generator.facts.get("fake_score"):
+        raise RunError(f"{found.folder}: is not the fake score of this run's generator", "restore it, or remove it")
+    return found
+
+
+def _digests(parents: Sequence[Parent], kind: str) -> list[str]:
+    return [parent.digest for parent in parents if parent.kind == kind]
+
+
+def load_start(inputs: Inputs, config: TrainConfig, teacher: Denoiser) -> Start:
+    """Where generator and fake score start: the earlier run's networks, put into the teacher's parameterisation.
+
+    Raises:
+        RunError: another network or another noise level of the one step.
+    """
+    if inputs.earlier is None:
+        return Start()
+    sealed = inputs.earlier.generator
+    generator = load_generator(sealed)
+    if generator.sigma_init != teacher.nearest_sigma(config.sigma_init):
+        raise RunError(
+            f"{sealed.folder}: draws at sigma_init {generator.sigma_init:g}, the config says {config.sigma_init:g}",
+            "keep the earlier run's: it is part of the model",
+        )
+    psi = None if inputs.earlier.fake_score is None else load_teacher(inputs.earlier.fake_score)
+    for network, folder in ((generator.denoiser, sealed.folder), (psi, sealed.folder.with_name(FAKE_SCORE))):
+        if network is not None and not _same_network(network, teacher):
+            raise RunError(f"{folder}: its network is another than the teacher's", "start from a run of this teacher")
+    return Start(generator.denoiser, psi)
+
+
+def _same_network(one: Denoiser, other: Denoiser) -> bool:
+    shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (one, other)]
+    return type(one) is type(other) and shapes[0] == shapes[1]
