@@ -102,7 +102,7 @@ def _seal(
         "labels": inputs.labels.resolved(),
         "sigma_init": generator.sigma_init,
         "image_shape": shape,
-        "teacher": _teacher_reference(config.teacher),
+        "teacher": _teacher_reference(config.teacher, inputs.teacher),
         "fake_score": verify(run.folder / FAKE_SCORE, FAKE_SCORE).digest,
         "iterations": config.iterations,
         "exported": course.exported,
@@ -121,9 +121,10 @@ def _seal(
         (target / "README.md").write_text(model_card(inputs.labels, inputs.teacher, config), encoding="utf-8")
 
 
-def _teacher_reference(name_or_folder: str) -> str:
-    path = Path(name_or_folder)
-    return str(path.resolve()) if path.is_dir() else name_or_folder
+def _teacher_reference(asked: str, teacher: Sealed) -> str:
+    """Where the audit finds the teacher again: a folder from anywhere, a hub's model at its very commit."""
+    path = Path(asked)
+    return str(path.resolve()) if path.is_dir() else str(teacher.facts.get("reference", asked))
 
 
 def _finished(run: Run, config: TrainConfig, teacher: Sealed) -> Run:
