@@ -25,9 +25,10 @@ from pydantic import Field
 from scipy.stats import binom
 
 from sfd_deploy.config import StageConfig
+from sfd_deploy.embedded import resolve
 from sfd_deploy.labels import Labels
 from sfd_deploy.measure.fidelity import spread
-from sfd_deploy.measure.judges import Judge, open_judge, require_same_classes
+from sfd_deploy.measure.judges import Judge, load_judge, require_same_classes
 from sfd_deploy.measure.rates import upper_bound
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator
@@ -46,7 +47,9 @@ class MonitorConfig(StageConfig):
     """How score forgetting distillation is watched. Changes no weight, but which step is picked as the best."""
 
     every: int = Field(50, ge=0, description="look every so many iterations, and at the last; 0: never")
-    judge: str | None = Field(None, description="a judge folder; without one there are previews and no rates")
+    judge: str | None = Field(
+        None, description="a judge folder, or a shipped one's name; without one there are previews and no rates"
+    )
     samples: int = Field(64, ge=2, le=MOST_PER_LABEL, description="images per label that the judge is shown at a look")
     previews: int = Field(8, ge=0, le=MOST_PER_LABEL, description="images per label in a preview grid; 0: none")
     tensorboard: bool = Field(True, description="write TensorBoard event files")
@@ -104,13 +107,14 @@ class Watch:
 
     Raises:
         LabelError: the judge knows other classes.
+        RunError: there is no such judge.
         ManifestError, DigestError: the judge's folder is incomplete or was changed.
     """
 
     def __init__(self, config: MonitorConfig, labels: Labels, folder: Path, teacher: Denoiser) -> None:
         self.config, self.labels, self.folder, self.teacher = config, labels, folder, teacher
         with torch.random.fork_rng():  # a judge is built with random weights before its own are loaded
-            self.judge = None if config.judge is None else open_judge(Path(config.judge))
+            self.judge = None if config.judge is None else load_judge(resolve(config.judge, "judge"))
         require_same_classes([self.judge] if self.judge else [], labels.class_names, "the teacher")
         self.looks: list[Look] = []
         self.yardstick: Yardstick | None = None

@@ -21,7 +21,8 @@ def embedded_names() -> list[str]:
 
 
 def resolve(name_or_folder: str | Path, kind: Kind) -> Sealed:
-    """A verified folder of ``kind``: a path, or for a teacher the name of a shipped data set.
+    """A verified folder of ``kind``: a path, or the name of a shipped one: a data set's for its teacher
+    (``fashion-mnist``), data set and judge for a judge (``fashion-mnist/judge-plain``).
 
     Raises:
         RunError: neither exists.
@@ -29,12 +30,20 @@ def resolve(name_or_folder: str | Path, kind: Kind) -> Sealed:
     """
     if Path(name_or_folder).is_dir():
         return verify(Path(name_or_folder), kind)
-    shipped = HERE / str(name_or_folder) / kind
-    if kind == "teacher" and shipped.is_dir():
-        return verify(shipped, kind)
-    near = difflib.get_close_matches(str(name_or_folder), embedded_names(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"give a {kind} folder, or one of: {', '.join(embedded_names())}"
+    shipped = _shipped(kind)
+    if str(name_or_folder) in shipped:
+        return verify(shipped[str(name_or_folder)], kind)
+    near = difflib.get_close_matches(str(name_or_folder), shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"give a {kind} folder, or one of: {', '.join(shipped)}"
     raise RunError(f"{name_or_folder}: no such {kind}", hint)
+
+
+def _shipped(kind: Kind) -> dict[str, Path]:
+    if kind == "teacher":
+        return {name: HERE / name / "teacher" for name in embedded_names()}
+    return {
+        f"{name}/{path.name}": path for name in embedded_names() for path in sorted((HERE / name).glob(f"{kind}-*"))
+    }
 
 
 def judges_for(class_names: tuple[str, ...]) -> list[Path]:
