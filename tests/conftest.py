@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def seal_tiny_run(folder: Path, seed: int = 0) -> Run:
     with sealed_folder(folder / "generator", "generator", facts=facts) as target:
         save_generator(generator, target)
     return Run(folder)
+
+
+@pytest.fixture(autouse=True)
+def torch_threads_are_left_as_they_were() -> Iterator[None]:
+    """A command called with ``--threads 1`` would slow every test after it."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
