@@ -17,6 +17,7 @@ with a = 1 / sqrt(1 + sigma^2), b = sigma * a, t = sigma / (1 + sigma), sd = sig
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class Coefficients(NamedTuple):
     gain: Tensor
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """A stock diffusers ``UNet2DModel`` under one parameterisation."""
 
     sigma_range: tuple[float, float] = (0.0, math.inf)  # noise levels that the network knows
@@ -62,33 +63,33 @@ class Denoiser(nn.Module):
         clean: Tensor = skip * noisy + gain * output.to(wide)
         return clean
 
+    @abstractmethod
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """The parameterisation's coefficients at ``sigma``, in its shape and dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def timestep(self, sigma: Tensor) -> Tensor:
         """What the network is told of the noise level, (B,) float for ``sigma`` (B,)."""
-        raise NotImplementedError
 
     def fit_weight(self, sigma: Tensor) -> Tensor:
         """Weight (B,) on the squared clean-image error: the plain squared error of the network's own output."""
         return self.coefficients(sigma).gain.square().reciprocal()
 
+    @abstractmethod
     def training_sigma(self, u: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
         """Noise levels (B,) in [sigma_min, sigma_max] for ``u`` (B,) uniform in [0, 1)."""
-        raise NotImplementedError
 
     def nearest_sigma(self, sigma: float) -> float:
         """The noise level nearest to ``sigma`` that the network was trained at."""
         return sigma
 
+    @abstractmethod
     def scheduler(self) -> SchedulerMixin:
         """The stock scheduler whose config holds this parameterisation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def one_step_scheduler(self, sigma_init: float) -> SchedulerMixin:
         """The stock scheduler whose single step, from noise at ``sigma_init``, is this denoiser, clamped."""
-        raise NotImplementedError
 
 
 class EdmDenoiser(Denoiser):
