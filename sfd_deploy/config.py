@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,20 +45,28 @@ class StageConfig(BaseModel):
     @classmethod
     def load(cls, name_or_file: str, stage: str) -> Self:
         """Load a preset by name or a YAML file by path; ``stage`` is the preset's folder."""
-        text, source = read_named(name_or_file, stage)
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            where = getattr(error, "problem_mark", None)
-            line = f" line {where.line + 1}" if where is not None else ""
-            raise ConfigError(f"{source}:{line} is not valid YAML", "mend the syntax there") from None
-        return cls.from_mapping(values, source)
+        return cls.from_mapping(*read_values(name_or_file, stage))
 
 
 def preset_names(stage: str) -> list[str]:
     """Names of the presets shipped for a stage."""
     folder = resources.files(PRESETS) / stage
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_values(name_or_file: str, stage: str) -> tuple[Any, str]:
+    """What a preset or a file says, as parsed YAML, and its display name.
+
+    Raises:
+        ConfigError: there is none, or it is not YAML.
+    """
+    text, source = read_named(name_or_file, stage)
+    try:
+        return yaml.safe_load(text), source
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where is not None else ""
+        raise ConfigError(f"{source}:{line} is not valid YAML", "mend the syntax there") from None
 
 
 def read_named(name_or_file: str, stage: str) -> tuple[str, str]:
@@ -101,7 +109,16 @@ def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> Co
 def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        nested = [] if field is None else [kind for kind in _alternatives(field.annotation) if _is_model(kind)]
+        if not nested:
             return []
-        model = field.annotation
+        model = nested[0]
     return list(model.model_fields)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) or (annotation,)
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -35,6 +35,10 @@ class LabelError(SfdError):
     """A label or class name that does not exist, or forget and override labels that contradict."""
 
 
+class PromptError(SfdError):
+    """A prompt, or a file of them, that cannot be used, or a concept that is not in it."""
+
+
 class DataError(SfdError):
     """A data set that is missing, unreadable, or not what it claims to be."""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,21 @@ from sfd_deploy.errors import ConfigError
 from sfd_deploy.policy.plan import Policy
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.judge import JudgeConfig
+from sfd_deploy.training.kinds import load_config
 from sfd_deploy.training.teacher import TeacherConfig
+from sfd_deploy.training.text.config import load_teacher_config
 
-STAGES: dict[str, type[StageConfig]] = {
-    "train": TrainConfig, "teacher": TeacherConfig, "judge": JudgeConfig, "policy": Policy,
-}  # fmt: skip
+STAGES: dict[str, Callable[[str], StageConfig]] = {
+    "train": load_config,
+    "teacher": load_teacher_config,
+    "judge": lambda name: JudgeConfig.load(name, "judge"),
+    "policy": lambda name: Policy.load(name, "policy"),
+}
 
 
 @pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage in STAGES for name in preset_names(stage)])
 def test_every_preset_loads(stage, name):
-    assert STAGES[stage].load(name, stage).resolved()
+    assert STAGES[stage](name).resolved()
 
 
 def test_every_stage_ships_a_preset():

@@ -1,5 +1,7 @@
 """What ``sfd-deploy train`` can be told. Defaults are the short-run choices measured on small networks;
 the paper's own values, for runs of 50,000 iterations, are named beside them and are those of the cifar10 presets.
+
+``LoopConfig`` is what every training has; ``TrainConfig`` adds what class labels need. Prompts are in ``text_config``.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import ConfigError
 from sfd_deploy.labels import MIXTURE, Labels
+from sfd_deploy.training.conditions import Conditions
 from sfd_deploy.training.monitor import MonitorConfig
 
 MEND_OVERRIDE = "name a retained class as the override, or `mixture` with a `classifier`"
@@ -20,24 +23,12 @@ FAILING_OVERRIDES = {
 }
 
 
-class TrainConfig(StageConfig):
-    """Score forgetting distillation of one teacher (arXiv 2409.11219)."""
+class LoopConfig(StageConfig):
+    """What the loop reads, whatever the conditions are (arXiv 2409.11219)."""
 
     teacher: str = Field(description="a teacher folder, the name of a shipped one (fashion-mnist), or a hub id")
     teacher_digest: str | None = Field(
         None, pattern="^[0-9a-f]{12,64}$", description="the teacher's digest must begin so; left out, any teacher goes"
-    )
-    class_names: tuple[str, ...] = Field((), description="names in label order, for a teacher that records none")
-    init_from: str | None = Field(
-        None, description="a run: the generator starts at its generator, the fake score at its fake score"
-    )
-    forget: dict[str | int, str | int] = Field(
-        {},
-        description="forgotten class → override class, by name or label, or `mixture`; empty: plain distillation, "
-        "or with init_from of a run that forgot, more of the same",
-    )
-    classifier: str | None = Field(
-        None, description="a judge folder; for the mixture: how likely is each retained label at a noisy image"
     )
     iterations: int = Field(ge=1, description="each is one fake-score step and one generator step (official: 50,000)")
     retained_rows: int = Field(56, ge=1, description="batch rows with retained labels (official: 128)")
@@ -83,17 +74,7 @@ class TrainConfig(StageConfig):
     )
     compile: bool = Field(False, description="torch.compile, on a GPU only (docs/decisions/0001)")
     checkpoint_every: int = Field(50, ge=1, description="iterations from one checkpoint to the next")
-    monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training, and how often")
     seed: int = Field(0, ge=0)
-
-    @field_validator("forget", mode="before")
-    @classmethod
-    def failing_overrides_are_refused(cls, value: object) -> object:
-        for label, override in value.items() if isinstance(value, dict) else ():
-            name = "null" if override is None else str(override)
-            if name in FAILING_OVERRIDES:
-                raise ValueError(f"override {name} of {label}: {FAILING_OVERRIDES[name]}; {MEND_OVERRIDE}")
-        return value
 
     @model_validator(mode="after")
     def ranges_must_fit(self) -> Self:
@@ -105,9 +86,36 @@ class TrainConfig(StageConfig):
             raise ValueError("share_generated keeps the graphs of all parts, which accumulate is there to avoid")
         return self
 
-    def rows(self, labels: Labels) -> int:
+    def rows(self, conditions: Conditions) -> int:
         """Rows of one whole batch."""
-        return self.retained_rows + (self.forget_rows if labels.forget else 0)
+        return self.retained_rows + (self.forget_rows if conditions.forget else 0)
+
+
+class TrainConfig(LoopConfig):
+    """Score forgetting distillation of one teacher (arXiv 2409.11219)."""
+
+    class_names: tuple[str, ...] = Field((), description="names in label order, for a teacher that records none")
+    init_from: str | None = Field(
+        None, description="a run: the generator starts at its generator, the fake score at its fake score"
+    )
+    forget: dict[str | int, str | int] = Field(
+        {},
+        description="forgotten class → override class, by name or label, or `mixture`; empty: plain distillation, "
+        "or with init_from of a run that forgot, more of the same",
+    )
+    classifier: str | None = Field(
+        None, description="a judge folder; for the mixture: how likely is each retained label at a noisy image"
+    )
+    monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training, and how often")
+
+    @field_validator("forget", mode="before")
+    @classmethod
+    def failing_overrides_are_refused(cls, value: object) -> object:
+        for label, override in value.items() if isinstance(value, dict) else ():
+            name = "null" if override is None else str(override)
+            if name in FAILING_OVERRIDES:
+                raise ValueError(f"override {name} of {label}: {FAILING_OVERRIDES[name]}; {MEND_OVERRIDE}")
+        return value
 
     def require_classifier(self, labels: Labels) -> None:
         """Refuse a mixture without a classifier, and a classifier that nothing would read.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,14 +24,39 @@ from sfd_deploy.training.interrupt import interrupt_between_steps
 from sfd_deploy.training.loop import Pass, SfdLoop
 from sfd_deploy.training.losses import gap_energy
 from sfd_deploy.training.memory import saying_what_fits
-from sfd_deploy.training.monitor import Watch
 from sfd_deploy.training.steps import say_estimate
 from sfd_deploy.training.tensorboard import Scalars
 
 RECORD_EVERY = 10
 MOST_RECORDS = 1000
+# With more (prompts), figures are by part alone: a label is rarely twice in a batch.
+MOST_FOLLOWED = 100
 LAST_RULE = "the last step's average"
 BEST_RULE = "the best look by monitor.judge on the select stream: healthy first, then the forget rate's bound"
+
+
+class Onlooker(Protocol):
+    """What looks at the averaged generator now and then: ``Watch`` by a judge, or previews alone."""
+
+    @property
+    def judge(self) -> object | None:
+        """Who says which look is the best; None: nobody."""
+
+    @property
+    def best_step(self) -> int | None:
+        """The best look's step."""
+
+    def due(self, step: int, last: bool = False) -> bool:
+        """Whether ``step`` is one to look at."""
+
+    def look(self, step: int, generator: OneStepGenerator) -> dict[str, float]:
+        """Look; returns figures."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values for the checkpoint."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
 
 
 @dataclass
@@ -52,7 +77,7 @@ class Course:
     loop: SfdLoop
     file: Path
     identity: dict[str, Any] = field(default_factory=dict)
-    watch: Watch | None = None
+    watch: Onlooker | None = None
     scalars: Callable[[int], Scalars] | None = None
     record: list[dict[str, float]] = field(default_factory=list)
     step: int = 0
@@ -156,8 +181,15 @@ class Course:
             course["gap_forget"] = energy[forgotten].mean().item()
         self.record.append({"step": self.step, **course})
         LOGGER.info("train %s", self.record[-1])
-        gaps = gap_figures(labels, self.loop.labels.forget, ours["sigma"], ours["x"], ours["x_phi"], ours["x_psi"])
+        followed, forget = self._followed(labels, forgotten)
+        gaps = gap_figures(followed, forget, ours["sigma"], ours["x"], ours["x_phi"], ours["x_psi"])
         return course | gaps | self.loop.gradient_figures
+
+    def _followed(self, labels: Tensor, forgotten: Tensor) -> tuple[Tensor, Collection[int]]:
+        conditions = self.loop.labels
+        if len(conditions.retained) + len(conditions.forget) > MOST_FOLLOWED:
+            return forgotten.to(torch.int64), [1]
+        return labels, conditions.forget
 
     def _all(self, passes: Sequence[Pass], name: str) -> Tensor:
         return self.loop.workers.together(torch.cat([getattr(part, name) for part in passes]))

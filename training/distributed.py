@@ -37,10 +37,14 @@ class Workers:
         """A process alone on ``device``, or this one of those that ``accelerate launch`` or ``torchrun`` started."""
         if "LOCAL_RANK" not in os.environ:
             return cls(torch.device(device))
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         # Our own config decides on autocast, so that every launcher gives the same arithmetic.
-        accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
+        accelerator = Accelerator(
+            mixed_precision="no", cpu=device == "cpu",
+            # Buffers are constants; among them may be gigabytes of encoded prompts, broadcast in every call.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )  # fmt: skip
         return cls(accelerator.device, accelerator.num_processes, accelerator.process_index, accelerator)
 
     @property

@@ -20,7 +20,7 @@ from sfd_deploy.models.generator import labels_of, load_generator, load_teacher
 from sfd_deploy.models.teachers import open_teacher
 from sfd_deploy.progress import LOGGER
 from sfd_deploy.runs import Run
-from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.config import LoopConfig, TrainConfig
 from sfd_deploy.training.loop import Start
 
 FAKE_SCORE: Final = "fake-score"
@@ -34,28 +34,39 @@ class Earlier:
     fake_score: Sealed | None
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Everything that a training reads, verified."""
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What every training starts from, verified."""
 
     teacher: Sealed
-    labels: Labels
     earlier: Earlier | None = None
-    classifier: Judge | None = None
 
     @property
     def parents(self) -> tuple[Parent, ...]:
         """What the generator was made from, as its manifest lists it."""
         earlier = [] if self.earlier is None else [self.earlier.generator.as_parent()]
-        judge = self.classifier
-        judges = [] if judge is None else [Parent(kind="judge", name=judge.name, digest=judge.digest)]
-        return (self.teacher.as_parent(), *earlier, *judges)
+        return (self.teacher.as_parent(), *earlier)
 
     @property
     def digests(self) -> dict[str, list[str]]:
         """What a checkpoint belongs to."""
         psi = None if self.earlier is None else self.earlier.fake_score
         return {"inputs": [parent.digest for parent in self.parents] + ([] if psi is None else [psi.digest])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Origin):
+    """Everything that a training on class labels reads, verified."""
+
+    labels: Labels
+    classifier: Judge | None = None
+
+    @property
+    def parents(self) -> tuple[Parent, ...]:
+        """The classifier of a mixture too."""
+        judge = self.classifier
+        judges = [] if judge is None else [Parent(kind="judge", name=judge.name, digest=judge.digest)]
+        return (*super().parents, *judges)
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
@@ -68,25 +79,46 @@ def open_inputs(config: TrainConfig) -> Inputs:
         ManifestError, DigestError: a folder is not what its manifest says.
     """
     teacher = open_teacher(config.teacher, class_names=config.class_names)
-    if not teacher.digest.startswith(config.teacher_digest or ""):
-        raise ConfigError(
-            f"teacher {config.teacher}: digest {teacher.digest[:12]}, teacher_digest says {config.teacher_digest}",
-            "give the teacher that was meant, or mend teacher_digest",
-        )
+    require_pinned(config, teacher)
     earlier = None if config.init_from is None else open_earlier(config.init_from, teacher)
     known = labels_of(teacher).plain() if earlier is None else labels_of(earlier.generator)
     labels = known.forgetting(config.forget)
     config.require_classifier(labels)
     classifier = None if config.classifier is None else open_judge(Path(config.classifier))
     require_same_classes([] if classifier is None else [classifier], labels.class_names, "the teacher")
-    return Inputs(teacher, labels, earlier, classifier)
+    return Inputs(teacher=teacher, earlier=earlier, labels=labels, classifier=classifier)
+
+
+def require_pinned(config: LoopConfig, teacher: Sealed) -> None:
+    """Refuse another teacher than the one that the config's digest pins.
+
+    Raises:
+        ConfigError: naming both digests.
+    """
+    if not teacher.digest.startswith(config.teacher_digest or ""):
+        raise ConfigError(
+            f"teacher {config.teacher}: digest {teacher.digest[:12]}, teacher_digest says {config.teacher_digest}",
+            "give the teacher that was meant, or mend teacher_digest",
+        )
 
 
 def open_earlier(name: str, teacher: Sealed) -> Earlier:
-    """The run ``name``, which must be of ``teacher``.
+    """The run ``name``, which must be of ``teacher`` and its classes.
 
     Raises:
         RunError: no such run, or it is of another teacher or other classes.
+    """
+    earlier = open_run_of(teacher, name)
+    if labels_of(earlier.generator).class_names != labels_of(teacher).class_names:
+        raise RunError(f"{name}: knows other classes than the teacher", "start from a run of the same teacher")
+    return earlier
+
+
+def open_run_of(teacher: Sealed, name: str) -> Earlier:
+    """The run ``name``, which must be of ``teacher``, whatever its conditions.
+
+    Raises:
+        RunError: no such run, or it is of another teacher.
     """
     run = Run.named(name)
     generator = run.generator()
@@ -97,8 +129,6 @@ def open_earlier(name: str, teacher: Sealed) -> Earlier:
             f"{run.folder}: its teacher was {taught_by[0][:12]}, this one is {teacher.digest[:12]}",
             "start from a run of the same teacher",
         )
-    if labels_of(generator).class_names != labels_of(teacher).class_names:
-        raise RunError(f"{run.folder}: knows other classes than the teacher", "start from a run of the same teacher")
     return Earlier(generator, _fake_score_of(run, generator))
 
 
@@ -126,16 +156,35 @@ def load_start(inputs: Inputs, config: TrainConfig, teacher: Denoiser) -> Start:
         return Start()
     sealed = inputs.earlier.generator
     generator = load_generator(sealed)
-    if generator.sigma_init != teacher.nearest_sigma(config.sigma_init):
-        raise RunError(
-            f"{sealed.folder}: draws at sigma_init {generator.sigma_init:g}, the config says {config.sigma_init:g}",
-            "keep the earlier run's: it is part of the model",
-        )
+    require_same_level(sealed, generator.sigma_init, config, teacher)
     psi = None if inputs.earlier.fake_score is None else load_teacher(inputs.earlier.fake_score)
     for network, folder in ((generator.denoiser, sealed.folder), (psi, sealed.folder.with_name(FAKE_SCORE))):
-        if network is not None and not _same_network(network, teacher):
-            raise RunError(f"{folder}: its network is another than the teacher's", "start from a run of this teacher")
+        if network is not None:
+            require_same_network(network, teacher, folder)
     return Start(generator.denoiser, psi)
+
+
+def require_same_level(generator: Sealed, sigma_init: float, config: LoopConfig, teacher: Denoiser) -> None:
+    """Refuse an earlier generator that draws at another noise level than the config's.
+
+    Raises:
+        RunError: naming both.
+    """
+    if sigma_init != teacher.nearest_sigma(config.sigma_init):
+        raise RunError(
+            f"{generator.folder}: draws at sigma_init {sigma_init:g}, the config says {config.sigma_init:g}",
+            "keep the earlier run's: it is part of the model",
+        )
+
+
+def require_same_network(network: Denoiser, teacher: Denoiser, folder: Path) -> None:
+    """Refuse an earlier run's network that is not the teacher's, by parameterisation and shapes.
+
+    Raises:
+        RunError: naming the folder.
+    """
+    if not _same_network(network, teacher):
+        raise RunError(f"{folder}: its network is another than the teacher's", "start from a run of this teacher")
 
 
 def _same_network(one: Denoiser, other: Denoiser) -> bool:

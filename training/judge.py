@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,9 +18,10 @@ from sfd_deploy.manifest import Sealed, verify
 from sfd_deploy.measure.judges import HELD_OUT, REFERENCE, WEIGHTS, Classifier, ClassifierConfig
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.training.checkpoint import Checkpoint
-from sfd_deploy.training.data import LabelledImages
+from sfd_deploy.training.data import LabelledImages, load_images
 from sfd_deploy.training.steps import run_steps, say_estimate
 from sfd_deploy.training.streams import stream
+from sfd_deploy.training.text.coloured import load_coloured
 
 CHECKPOINT_EVERY = 500
 
@@ -32,22 +33,45 @@ class JudgeConfig(StageConfig):
     class_names: tuple[str, ...] = Field(
         (), description="names in label order; empty: from the data's folders, or numbers"
     )
+    coloured: Literal["object", "colour"] | None = Field(
+        None, description="colour the images as a text-to-image teacher's are, and judge this; names are the captions'"
+    )
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(128, ge=1)
     learning_rate: float = Field(3e-3, gt=0, description="AdamW's peak, one cycle")
     weight_decay: float = Field(0.02, ge=0)
     label_smoothing: float = Field(0.05, ge=0, lt=1)
     shift: int = Field(2, ge=0, description="random shift in pixels, either way")
+    edges: Literal["black", "repeat"] = Field("black", description="what a shift moves in: -1, or the edge again")
     flip: bool = Field(True, description="random horizontal flips")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast of the forward pass while training")
     min_accuracy: float = Field(0.0, ge=0, le=1, description="on held-out real images; below it the judge is refused")
     seed: int = Field(0, ge=0)
 
+    @model_validator(mode="after")
+    def names_must_be_said_once(self) -> Self:
+        if self.coloured and self.class_names:
+            raise ValueError("coloured judges take their class_names from the captions: leave the key out")
+        if self.coloured and self.classifier.channels != 3:
+            raise ValueError(f"coloured images have 3 channels, the classifier {self.classifier.channels}")
+        return self
+
+
+def load_judged(config: JudgeConfig, source: Path, split: str) -> LabelledImages:
+    """The images of ``split`` ("train" or "test") that the judge is trained or measured on.
+
+    Raises:
+        DataError: missing or damaged, or not Fashion-MNIST where it is to be coloured.
+    """
+    if config.coloured:
+        return load_coloured(source, split, config.coloured, config.seed)
+    return load_images(source, split, config.class_names)
+
 
 def augment(images: Tensor, config: JudgeConfig, draws: torch.Generator) -> Tensor:
-    """Shift each image by up to ``shift`` pixels (edges padded with -1, black) and flip half of them."""
+    """Shift each image by up to ``shift`` pixels, with ``edges`` moved in, and flip half of them."""
     if config.shift:
-        padded = nn.functional.pad(images, [config.shift] * 4, value=-1.0)
+        padded = _padded(images, config)
         offsets = torch.randint(2 * config.shift + 1, (2, len(images)), generator=draws)
         rows = offsets[0][:, None, None] + torch.arange(images.shape[2])[None, :, None]
         columns = offsets[1][:, None, None] + torch.arange(images.shape[3])[None, None, :]
@@ -57,6 +81,13 @@ def augment(images: Tensor, config: JudgeConfig, draws: torch.Generator) -> Tens
         flips = torch.rand(len(images), generator=draws) < 0.5
         images = torch.where(flips[:, None, None, None], images.flip(3), images)
     return images
+
+
+def _padded(images: Tensor, config: JudgeConfig) -> Tensor:
+    sides = [config.shift] * 4
+    if config.edges == "repeat":
+        return nn.functional.pad(images, sides, mode="replicate")
+    return nn.functional.pad(images, sides, value=-1.0)
 
 
 def one_cycle(peak: float, total: int) -> list[float]:

@@ -13,24 +13,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sfd_deploy.errors import BackendError, ConfigError, DivergedError
-from sfd_deploy.labels import Labels
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator, image_shape
 from sfd_deploy.models.network import Ema
 from sfd_deploy.progress import LOGGER
-from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.conditions import Conditions
+from sfd_deploy.training.config import LoopConfig
 from sfd_deploy.training.distributed import Workers, local, whole_state
 from sfd_deploy.training.gaps import gradient_figures
+from sfd_deploy.training.guidance import UNGUIDED, Guidance
 from sfd_deploy.training.losses import fake_score_loss, sid_loss
 from sfd_deploy.training.mixture import Classify, retained_probabilities, teacher_prediction
 from sfd_deploy.training.rows import MIXED, Rows, draw_rows
 from sfd_deploy.training.schedule import linear_decay
+from sfd_deploy.training.streams import stream
 
 MAX_SKIPS_IN_A_ROW = 5
 ALONE = Workers(torch.device("cpu"))
@@ -60,23 +63,25 @@ class SfdLoop:
     """The three networks, their optimisers and one iteration of them.
 
     Args:
-        config: see ``TrainConfig``.
-        labels: what is forgotten, and for what.
+        config: see ``LoopConfig``.
+        labels: the conditions: what is forgotten, and for what.
         teacher: phi; it is moved to the workers' device and frozen.
         start: where theta and psi start, if not at the teacher.
         classify: for labels whose override is the mixture.
         workers: the processes, and the device.
+        guidance: of teacher and fake score; the generator is never guided.
 
     Raises:
         ConfigError: the batch cannot be split, or the one step's noise level is none that the teacher knows.
     """
 
     def __init__(
-        self, config: TrainConfig, labels: Labels, teacher: Denoiser, start: Start = Start(),
-        classify: Classify | None = None, workers: Workers = ALONE,
+        self, config: LoopConfig, labels: Conditions, teacher: Denoiser, start: Start = Start(),
+        classify: Classify | None = None, workers: Workers = ALONE, guidance: Guidance = UNGUIDED,
     ) -> None:  # fmt: skip
         workers.require_rows(config.rows(labels), config.accumulate)
         self.config, self.labels, self.classify, self.workers = config, labels, classify, workers
+        self.guidance = guidance
         self.sigma_init = _require_known_level(teacher, config.sigma_init)
         self.shape = image_shape(teacher.unet)
         self.dtype = next(teacher.parameters()).dtype
@@ -126,7 +131,7 @@ class SfdLoop:
             else:
                 asked, x = shared[0], shared[1].detach()
             noisy, sigma = self._renoise(x, rows)
-            x_psi = self._predict(self.psi, noisy, sigma, asked.labels)
+            x_psi = self.guidance.ask_fake_score(partial(self._predict, self.psi), noisy, sigma, asked, fitting=True)
             loss = fake_score_loss(x, x_psi, self.teacher.fit_weight(sigma))
             self._backward(self.psi, asked.weights * loss, last=len(passes) + 1 == self.config.accumulate)
             passes.append(Pass(asked, sigma, x, x_psi.detach(), loss.detach()))
@@ -141,7 +146,8 @@ class SfdLoop:
         for rows in self._parts("generator", step):
             x = self._generate(rows) if shared is None else shared[1]
             noisy, sigma = self._renoise(x, rows)
-            x_psi = self._predict(self.fake_score, noisy, sigma, rows.labels)
+            ask = partial(self._predict, self.fake_score)
+            x_psi = self.guidance.ask_fake_score(ask, noisy, sigma, rows, fitting=False)
             x_phi = self._ask_teacher(rows, noisy, sigma, x_psi)
             loss = sid_loss(x, x_phi, x_psi, self.config.alpha)
             self._backward(self.theta, rows.weights * loss, last=len(passes) + 1 == self.config.accumulate)
@@ -167,6 +173,8 @@ class SfdLoop:
     def _parts(self, name: str, step: int) -> Iterator[Rows]:
         """The parts that fall to this process of the step's batch, in turn."""
         batch, count = draw_rows(self.config, self.labels, self.shape, name, step), self.config.accumulate
+        if name == "fake-score":
+            batch = self.guidance.drop(batch, stream(self.config.seed, "dropout", step))
         first, stride = self.workers.index * count, self.workers.count * count
         for part in batch.parts(first, stride, count):
             yield part.to(self.workers.device, self.dtype)
@@ -185,9 +193,8 @@ class SfdLoop:
             with torch.no_grad():
                 logits = self.classify(x_psi[mixed].clamp(-1, 1).to(torch.float32))
             mixing = (retained_probabilities(logits, self.labels.retained), self.labels.retained)
-        return teacher_prediction(
-            lambda *asked: self._predict(self.teacher, *asked), noisy, sigma, rows.targets, mixing
-        )
+        ask = self.guidance.for_teacher(partial(self._predict, self.teacher), rows)
+        return teacher_prediction(ask, noisy, sigma, rows.targets, mixing)
 
     def _predict(self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.workers.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):

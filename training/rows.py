@@ -1,5 +1,7 @@
 """What one step of the training draws: labels, targets, weights and noise, from a named stream, always on the CPU.
 
+A label is a condition's number: of a class, or of a prompt.
+
 Every process draws the same global batch and takes its own part, so the batch does not depend on how
 many processes there are, nor on how many parts each takes one after the other.
 """
@@ -13,8 +15,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sfd_deploy.labels import MIXTURE, Labels
-from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.labels import MIXTURE
+from sfd_deploy.training.conditions import Conditions
+from sfd_deploy.training.config import LoopConfig
 from sfd_deploy.training.streams import stream
 
 # The target of a row whose override is the mixture: no label, so asking the teacher for it is an error.
@@ -53,23 +56,23 @@ class Rows:
             yield self[index::step]
 
 
-def draw_rows(config: TrainConfig, labels: Labels, shape: tuple[int, ...], name: str, step: int) -> Rows:
+def draw_rows(config: LoopConfig, conditions: Conditions, shape: tuple[int, ...], name: str, step: int) -> Rows:
     """The global batch of a step: labels uniform over the retained, then over the forget labels, then noise.
 
     Weights are 1/n_r on retained rows and lambda/n_f on forget rows, the same for both networks' steps:
     unequal forget coefficients make the generator overshoot.
     """
     draws = stream(config.seed, name, step)
-    retained = _choose(labels.retained, config.retained_rows, draws)
+    retained = _choose(conditions.retained, config.retained_rows, draws)
     weights = [torch.full((config.retained_rows,), 1 / config.retained_rows)]
     asked, targets = [retained], [retained]
-    if labels.forget:
-        which = torch.randint(len(labels.forget), (config.forget_rows,), generator=draws)
-        overrides = [MIXED if override == MIXTURE else override for override in labels.forget.values()]
-        asked.append(torch.tensor(list(labels.forget))[which])
+    if forget := conditions.forget:
+        which = torch.randint(len(forget), (config.forget_rows,), generator=draws)
+        overrides = [MIXED if override == MIXTURE else override for override in forget.values()]
+        asked.append(torch.tensor(list(forget))[which])
         targets.append(torch.tensor(overrides)[which])
         weights.append(torch.full((config.forget_rows,), config.forget_weight / config.forget_rows))
-    size = (config.rows(labels), *shape)
+    size = (config.rows(conditions), *shape)
     # In this order: a run that was started by an earlier version goes on with the same numbers.
     latents = torch.randn(size, generator=draws)
     position = torch.rand(len(latents), generator=draws)

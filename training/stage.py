@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ from sfd_deploy.models.generator import OneStepGenerator, image_shape, load_teac
 from sfd_deploy.progress import log_to
 from sfd_deploy.runs import Run, sealed_folder, write_json
 from sfd_deploy.runtime.pytorch import torch_device
-from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.config import LoopConfig, TrainConfig
 from sfd_deploy.training.course import Course
 from sfd_deploy.training.distributed import Workers, whole_state
-from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, load_start, open_inputs
+from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, Origin, load_start, open_inputs
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.monitor import Watch
 from sfd_deploy.training.tensorboard import Scalars
@@ -44,34 +46,45 @@ def train(config: TrainConfig, folder: Path, device: str = "auto") -> Run:
     """
     inputs = open_inputs(config)
     run = Run(folder)
-    if (folder / "generator" / MANIFEST).is_file():
-        return _finished(run, config, inputs.teacher)
+    return carry_out(
+        run, config, inputs.teacher, device,
+        prepare=lambda workers: _course(config, inputs, run, workers),
+        seal=lambda outcome: _seal(run, config, inputs, outcome),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training made."""
+
+    course: Course
+    generator: OneStepGenerator
+    fake_score: Denoiser
+
+
+def carry_out(
+    run: Run, config: LoopConfig, teacher: Sealed, device: str, *, prepare: Callable[[Workers], Course],
+    seal: Callable[[Outcome], None],
+) -> Run:  # fmt: skip
+    """Train to the end in every process and seal in the first; a finished run is returned as it is.
+
+    Raises:
+        ConfigError, RunError: the folder holds a run of another config or teacher.
+    """
+    if (run.folder / "generator" / MANIFEST).is_file():
+        return _finished(run, config, teacher)
     workers = Workers.here(torch_device(device))
     with log_to(run.work / "train.log") if workers.is_main else nullcontext():
-        course = _course(config, inputs, run, workers)
+        course = prepare(workers)
         if workers.is_main:  # not before: a checkpoint of another config keeps its own
             write_json(run.work / CONFIG, config.resolved())
         generator = course.run()
         fake_score = copy.deepcopy(course.loop.teacher)
         fake_score.load_state_dict(whole_state(course.loop.fake_score))
     if workers.is_main:
-        _seal(run, config, inputs, course, generator, fake_score)
+        seal(Outcome(course, generator, fake_score))
     workers.wait()
     return run
-
-
-def resume(folder: Path, device: str = "auto") -> Run:
-    """Go on with the training of a run folder, under the config that it was started with.
-
-    Raises:
-        RunError: nothing was started there.
-    """
-    file = folder / "work" / CONFIG
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise RunError(f"{file}: no training to resume", "start one with `sfd-deploy train --config`") from None
-    return train(TrainConfig.from_mapping(values, str(file)), folder, device)
 
 
 def _course(config: TrainConfig, inputs: Inputs, run: Run, workers: Workers) -> Course:
@@ -79,29 +92,47 @@ def _course(config: TrainConfig, inputs: Inputs, run: Run, workers: Workers) -> 
     judge = inputs.classifier
     classify = None if judge is None else judge.classifier.to(workers.device)
     loop = SfdLoop(config, inputs.labels, teacher, load_start(inputs, config, teacher), classify, workers)
-    writes = config.monitor.tensorboard and workers.is_main
     return Course(
         loop, run.work / "checkpoint.safetensors", identity=inputs.digests,
         watch=Watch(config.monitor, inputs.labels, run.work / "previews", loop.teacher),
-        scalars=lambda step: Scalars(run.work / "tensorboard", enabled=writes, step=step),
+        scalars=scalars_of(run, workers, config.monitor.tensorboard),
     )  # fmt: skip
 
 
-def _seal(
-    run: Run, config: TrainConfig, inputs: Inputs, course: Course, generator: OneStepGenerator, fake_score: Denoiser
-) -> None:
+def scalars_of(run: Run, workers: Workers, wanted: bool) -> Callable[[int], Scalars]:
+    """What makes the run's TensorBoard writer for a first step; one process writes."""
+    return lambda step: Scalars(run.work / "tensorboard", enabled=wanted and workers.is_main, step=step)
+
+
+def _seal(run: Run, config: TrainConfig, inputs: Inputs, outcome: Outcome) -> None:
     """The fake score first: a run is finished when its generator is there."""
-    shape = list(image_shape(fake_score.unet))
-    facts: dict[str, Any] = {"labels": inputs.labels.plain().resolved(), "image_shape": shape}
-    with sealed_folder(
+    with sealing_fake_score(run, config, inputs, outcome, {"labels": inputs.labels.plain().resolved()}) as target:
+        save_teacher(outcome.fake_score, target)
+    with sealing_generator(run, config, inputs, outcome, {"labels": inputs.labels.resolved()}) as target:
+        save_generator(outcome.generator, target)
+        (target / "README.md").write_text(model_card(inputs.labels, inputs.teacher, config), encoding="utf-8")
+
+
+def sealing_fake_score(
+    run: Run, config: LoopConfig, inputs: Origin, outcome: Outcome, facts: dict[str, Any]
+) -> AbstractContextManager[Path]:
+    """The folder that becomes the run's fake score when the block succeeds."""
+    shape = list(image_shape(outcome.fake_score.unet))
+    return sealed_folder(
         run.folder / FAKE_SCORE, FAKE_SCORE, parents=inputs.parents, config=config.resolved(), seed=config.seed,
-        facts=facts,
-    ) as target:  # fmt: skip
-        save_teacher(fake_score, target)
-    facts = {
-        "labels": inputs.labels.resolved(),
+        facts=facts | {"image_shape": shape},
+    )  # fmt: skip
+
+
+@contextmanager
+def sealing_generator(
+    run: Run, config: LoopConfig, inputs: Origin, outcome: Outcome, facts: dict[str, Any]
+) -> Iterator[Path]:
+    """The folder that becomes the run's generator, training record included, when the block succeeds."""
+    course, generator = outcome.course, outcome.generator
+    facts = facts | {
         "sigma_init": generator.sigma_init,
-        "image_shape": shape,
+        "image_shape": list(generator.image_shape),
         "teacher": _teacher_reference(config.teacher, inputs.teacher),
         "fake_score": verify(run.folder / FAKE_SCORE, FAKE_SCORE).digest,
         "iterations": config.iterations,
@@ -115,10 +146,9 @@ def _seal(
         run.folder / "generator", "generator", parents=inputs.parents, config=config.resolved(), seed=config.seed,
         facts=facts,
     ) as target:  # fmt: skip
-        save_generator(generator, target)
+        yield target
         rows = "".join(json.dumps(row) + "\n" for row in course.record)
         (target / "training.jsonl").write_text(rows, encoding="utf-8")
-        (target / "README.md").write_text(model_card(inputs.labels, inputs.teacher, config), encoding="utf-8")
 
 
 def _teacher_reference(asked: str, teacher: Sealed) -> str:
@@ -127,10 +157,10 @@ def _teacher_reference(asked: str, teacher: Sealed) -> str:
     return str(path.resolve()) if path.is_dir() else str(teacher.facts.get("reference", asked))
 
 
-def _finished(run: Run, config: TrainConfig, teacher: Sealed) -> Run:
+def _finished(run: Run, config: LoopConfig, teacher: Sealed) -> Run:
     sealed = verify(run.folder / "generator", "generator")
     # Read anew, so that a key which this version adds does not make an older run another config.
-    if TrainConfig.from_mapping(sealed.manifest.config, str(sealed.folder)).resolved() != config.resolved():
+    if type(config).from_mapping(sealed.manifest.config, str(sealed.folder)).resolved() != config.resolved():
         raise ConfigError(f"{run.folder}: holds a finished run of another config", "choose another --output folder")
     if teacher.digest not in {parent.digest for parent in sealed.manifest.parents}:
         raise RunError(f"{run.folder}: was trained from another teacher", "choose another --output folder")

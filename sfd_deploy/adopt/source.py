@@ -46,7 +46,7 @@ class Source:
         Raises:
             ModelError: the digest is another one now.
         """
-        if hash_files(self.folder, self.layout) != self.files:
+        if hash_files(self.folder, self.layout.files(self.folder)) != self.files:
             raise ModelError(f"{self.folder}: changed while it was read", "adopt it again when nothing writes to it")
 
 
@@ -69,7 +69,7 @@ def open_source(folder: Path) -> Source:
             f"{folder}: no scheduler/scheduler_config.json, which says what the network predicts",
             "save the scheduler that it was trained with into scheduler/",
         )
-    return Source(folder, layout, hash_files(folder, layout), read_json(layout.scheduler))
+    return Source(folder, layout, hash_files(folder, layout.files(folder)), read_json(layout.scheduler))
 
 
 def _require_stock(folder: Path) -> None:

@@ -21,22 +21,20 @@ if TYPE_CHECKING:
 @click.option("--int8", "precisions", flag_value="int8", multiple=True, help="In INT8, calibrated without data.")
 @click.option("--opset", type=int, help="ONNX operator set, 18 to 20  [default: 20]")
 @click.option("--min-batch", type=int, help="Smallest batch of an engine  [default: 1]")
-@click.option("--opt-batch", type=int, help="Batch that an engine is tuned for  [default: 16]")
-@click.option("--max-batch", type=int, help="Largest batch  [default: 64]")
+@click.option("--opt-batch", type=int, help="Batch that an engine is tuned for  [default: 16; text-to-image: 1]")
+@click.option("--max-batch", type=int, help="Largest batch  [default: 64; text-to-image: 8]")
 @json_option
 def export(
     run: str | None, backends: tuple[str, ...], precisions: tuple[str, ...], opset: int | None, min_batch: int | None,
     opt_batch: int | None, max_batch: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a run's generator (default: the latest run's); back ends and precisions add up."""
-    from sfd_deploy.export.config import ExportConfig
-    from sfd_deploy.export.stage import export_run
+    from sfd_deploy.export.kinds import export_any
     from sfd_deploy.runs import Run
 
     asked = {"opset": opset, "min_batch": min_batch, "opt_batch": opt_batch, "max_batch": max_batch}
     given = {key: value for key, value in asked.items() if value is not None}
-    config = ExportConfig.from_mapping(given, "command line")
-    artefacts = [_row(sealed) for sealed in export_run(Run.named(run), backends, precisions, config)]
+    artefacts = [_row(sealed) for sealed in export_any(Run.named(run), backends, precisions, given)]
     columns = ("artefact", "precision", "runtime", "MB", "PSNR dB", "digest")
     rows = [[row["name"], row["precision"], row["runtime"], _size(row["bytes"]), _decibels(row["psnr_db"]),
              row["digest"][:12]] for row in artefacts]  # fmt: skip

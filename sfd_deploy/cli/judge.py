@@ -23,12 +23,11 @@ def judge(config: str, data: Path, output: Path, device: str, threads: int | Non
     """
     from sfd_deploy.progress import log_to
     from sfd_deploy.runtime.pytorch import torch_device
-    from sfd_deploy.training.data import load_images
-    from sfd_deploy.training.judge import JudgeConfig, seal_judge, train_judge
+    from sfd_deploy.training.judge import JudgeConfig, load_judged, seal_judge, train_judge
 
     use_threads(threads)
     parsed = JudgeConfig.load(config, "judge")
-    train, held_out = (load_images(data, split, parsed.class_names) for split in ("train", "test"))
+    train, held_out = (load_judged(parsed, data, split) for split in ("train", "test"))
     work = output.with_name(f"{output.name}.work")
     with log_to(work / "train.log"):
         classifier = train_judge(parsed, train, work / "checkpoint.safetensors", torch_device(device))

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from sfd_deploy.cli.options import data_option, device_option, json_option, show, threads_option, use_threads
+
+if TYPE_CHECKING:
+    from sfd_deploy.manifest import Sealed
+    from sfd_deploy.measure.judges import Judge
+    from sfd_deploy.training.teacher import TeacherConfig
+    from sfd_deploy.training.text.config import TextTeacherConfig
 
 
 @click.command(epilog="Example: sfd-deploy teacher --config fashion-mnist --data DATA --output teachers/fashion")
@@ -24,25 +32,48 @@ def teacher(
 ) -> None:
     """Train a class-conditional EDM teacher on IDX files or class sub-folders; resumes when run again.
 
-    OUTPUT.work holds the checkpoint, the log, preview grids and TensorBoard files. Ctrl-C saves.
+    With `kind: text-to-image` in the config: a tokenizer, an autoencoder, and a text encoder with its U-Net, on
+    Fashion-MNIST's IDX files in colours and with captions.
+
+    OUTPUT.work holds checkpoints, the log, preview grids and TensorBoard files. Ctrl-C saves.
     """
     from sfd_deploy.measure.judges import open_judge
     from sfd_deploy.progress import log_to
     from sfd_deploy.runtime.pytorch import torch_device
-    from sfd_deploy.training.data import load_images
-    from sfd_deploy.training.teacher import TeacherConfig, seal_teacher, train_teacher
+    from sfd_deploy.training.text.config import TextTeacherConfig, load_teacher_config
 
     use_threads(threads)
-    parsed = TeacherConfig.load(config, "teacher")
+    parsed = load_teacher_config(config)
     opened = [open_judge(folder) for folder in judges]
-    images = load_images(data, "train", parsed.class_names)
     work = output.with_name(f"{output.name}.work")
     with log_to(work / "train.log"):
-        denoiser = train_teacher(parsed, images, work / "checkpoint.safetensors", torch_device(device))
-    sealed = seal_teacher(parsed, denoiser, images, output, data_name=data.name, judges=opened)
+        if isinstance(parsed, TextTeacherConfig):
+            sealed, agreement = _of_text(parsed, data, output, work, opened, torch_device(device))
+        else:
+            sealed, agreement = _of_classes(parsed, data, output, work, opened, torch_device(device))
     value = {"folder": str(output), "digest": sealed.digest, **sealed.facts}
-    show(
-        value,
-        as_json,
-        lambda console: console.print(f"{output}  {sealed.digest[:12]}  {sealed.facts['label_agreement']}"),
-    )
+    show(value, as_json, lambda console: console.print(f"{output}  {sealed.digest[:12]}  {agreement}"))
+
+
+def _of_classes(
+    config: TeacherConfig, data: Path, output: Path, work: Path, judges: Sequence[Judge], device: str
+) -> tuple[Sealed, dict[str, float]]:
+    from sfd_deploy.training.data import load_images
+    from sfd_deploy.training.teacher import seal_teacher, train_teacher
+
+    images = load_images(data, "train", config.class_names)
+    denoiser = train_teacher(config, images, work / "checkpoint.safetensors", device)
+    sealed = seal_teacher(config, denoiser, images, output, data_name=data.name, judges=judges)
+    return sealed, sealed.facts["label_agreement"]
+
+
+def _of_text(
+    config: TextTeacherConfig, data: Path, output: Path, work: Path, judges: Sequence[Judge], device: str
+) -> tuple[Sealed, dict[str, float]]:
+    from sfd_deploy.training.text.coloured import load_wardrobe
+    from sfd_deploy.training.text.stage import require_known_classes, seal_text_teacher, train_text_teacher
+
+    require_known_classes(judges)  # not after half an hour
+    teacher = train_text_teacher(config, load_wardrobe(data), work, device)
+    sealed = seal_text_teacher(config, teacher, output, data_name=data.name, judges=judges)
+    return sealed, sealed.facts["prompt_agreement"]

@@ -18,42 +18,40 @@ if TYPE_CHECKING:
 @click.option("--config", metavar="FILE|NAME", help="A training config, or a preset's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder  [default: runs/<config's name>]")
 @click.option("--init-from", metavar="RUN", help="Start from this run: a second stage, or a further label to forget.")
+@click.option("--concept", metavar="WORDS", help="Text to image: the name of what is forgotten.")
+@click.option("--substitute", metavar="WORDS", help="Text to image: what is drawn in its place.")
 @click.option("--resume", "resumed", metavar="RUN", type=click.Path(path_type=Path),
               help="Go on with this run folder's training, under the config it was started with.")  # fmt: skip
 @device_option
 @threads_option
 @json_option
 def train(
-    config: str | None, output: Path | None, init_from: str | None, resumed: Path | None, device: str,
-    threads: int | None, as_json: bool,
+    config: str | None, output: Path | None, init_from: str | None, concept: str | None, substitute: str | None,
+    resumed: Path | None, device: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Run score forgetting distillation; resumes when run again, and needs no data."""
     if (config is None) == (resumed is None):
         raise click.UsageError("give either --config or --resume")
-    if resumed is not None and (output or init_from):
-        raise click.UsageError("--resume takes everything from the run: leave --output and --init-from out")
+    if resumed is not None and (output or init_from or concept or substitute):
+        raise click.UsageError("--resume takes everything from the run: leave the other options out")
     from sfd_deploy.runs import RUNS
 
     use_threads(threads)
     folder = resumed or output or RUNS / Path(str(config)).stem
     try:
-        run = _train(config, folder, init_from, device)
+        run = _train(config, folder, {"init_from": init_from, "concept": concept, "substitute": substitute}, device)
     except KeyboardInterrupt:
         click.echo(f"stopped and saved; go on with: sfd-deploy train --resume {folder}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     sealed = run.generator()
-    value = {"run": str(run.folder), "generator": sealed.digest, "labels": sealed.facts["labels"]}
+    value = {"run": str(run.folder), "generator": sealed.digest}
+    value |= {key: sealed.facts[key] for key in ("labels", "prompts") if key in sealed.facts}
     show(value, as_json, lambda console: console.print(f"{run.folder}  generator {sealed.digest[:12]}"))
 
 
-def _train(config: str | None, folder: Path, init_from: str | None, device: str) -> Run:
-    from sfd_deploy.training.config import TrainConfig
-    from sfd_deploy.training.stage import resume
-    from sfd_deploy.training.stage import train as run_training
+def _train(config: str | None, folder: Path, changes: dict[str, str | None], device: str) -> Run:
+    from sfd_deploy.training.kinds import changed, load_config, resume, run_training
 
     if config is None:
         return resume(folder, device)
-    parsed = TrainConfig.load(config, "train")
-    if init_from is not None:
-        parsed = parsed.model_copy(update={"init_from": init_from})
-    return run_training(parsed, folder, device)
+    return run_training(changed(load_config(config), **changes), folder, device)

@@ -59,11 +59,16 @@ def find_layout(folder: Path) -> Layout:
             "give a diffusers pipeline or UNet2DModel folder",
         )
     if not any(network.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in PICKLES for path in network.glob(pattern))
-        found = f"only {pickles[0]}, a pickle that could run code" if pickles else "no weights"
-        raise ModelError(f"{network}: {found}", AS_UNET)
+        raise no_weights(network, AS_UNET)
     configs = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
     return Layout(network, next((path for path in configs if path.is_file()), None))
+
+
+def no_weights(network: Path, mend: str) -> ModelError:
+    """What is wrong with a folder in which no safetensors lie: nothing does, or a pickle."""
+    pickles = sorted(path.name for pattern in PICKLES for path in network.glob(pattern))
+    found = f"only {pickles[0]}, a pickle that could run code" if pickles else "no weights"
+    return ModelError(f"{network}: {found}", mend)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -186,24 +191,36 @@ def _discrete_builder(config: Mapping[str, Any], where: Path) -> Callable[[UNet2
 def _read_network(folder: Path) -> UNet2DModel:
     import torch
     from diffusers import UNet2DModel
+
+    unet: UNet2DModel = read_weights(UNet2DModel, folder, AS_UNET)
+    return unet.to(memory_format=torch.channels_last)
+
+
+def read_weights(kind: Any, folder: Path, mend: str, **options: Any) -> Any:
+    """A diffusers or transformers network of class ``kind`` from its folder's safetensors, frozen, ready for use.
+
+    Raises:
+        ModelError: unreadable weights, or others than its config asks for.
+    """
     from safetensors import SafetensorError
 
     try:
-        unet, found = UNet2DModel.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        network, found = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{folder}: its weights cannot be loaded ({reason})", AS_UNET) from None
-    # diffusers only logs these, and leaves what is missing at random numbers.
+        raise ModelError(f"{folder}: its weights cannot be loaded ({reason})", mend) from None
+    # Both libraries only log these, and leave what is missing at random numbers.
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[fault]:
+        if keys := found[fault]:
             raise ModelError(
-                f"{folder}: weights do not fit config.json ({fault.replace('_', ' ')}: {sorted(found[fault])[0]})",
-                AS_UNET,
+                f"{folder}: weights do not fit config.json ({fault.replace('_', ' ')}: {sorted(keys)[0]})", mend
             )
-    frozen: UNet2DModel = unet.to(memory_format=torch.channels_last).requires_grad_(False)
-    return frozen
+    if hasattr(network, "register_to_config"):
+        # diffusers would write this machine's path into the config of whatever is made of it.
+        network.register_to_config(_name_or_path=None)
+    return network.eval().requires_grad_(False)
 
 
 def write_denoiser(denoiser: Denoiser, folder: Path, scheduler: Any) -> None:

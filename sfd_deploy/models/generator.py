@@ -108,15 +108,24 @@ def require_finite(denoiser: Denoiser, where: Path) -> None:
     Raises:
         ModelError: naming it.
     """
-    for name, weight in denoiser.unet.named_parameters():
-        if not weight.isfinite().all():
-            raise ModelError(f"{where}: non-finite teacher: {name} holds NaN or infinity", "save its weights again")
+    require_finite_weights(denoiser.unet, where)
     sigma = denoiser.nearest_sigma(1.0)
     noisy = torch.zeros(1, *image_shape(denoiser.unet))
     clean = denoiser.eval()(noisy, torch.tensor([sigma]), torch.zeros(1, dtype=torch.int64))
     if not clean.isfinite().all():
         raise ModelError(f"{where}: non-finite teacher: its prediction at sigma {sigma:.3g} is not a number",
                          "save its weights again, in float32")  # fmt: skip
+
+
+def require_finite_weights(network: nn.Module, where: Path) -> None:
+    """Refuse a network with a weight that is NaN or infinite.
+
+    Raises:
+        ModelError: naming it.
+    """
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise ModelError(f"{where}: non-finite teacher: {name} holds NaN or infinity", "save its weights again")
 
 
 def keep_labels(unet: UNet2DModel, classes: int, where: Path) -> None:
@@ -140,13 +149,25 @@ def labels_of(sealed: Sealed) -> Labels:
 
     Raises:
         ManifestError, ConfigError: they are missing or malformed.
+        ModelError: it draws from prompts.
     """
+    _require_labels(sealed)
     if "labels" not in sealed.facts:
         raise ManifestError(f"{sealed.folder}: its manifest records no labels", "make it again with its stage")
     return Labels.from_mapping(sealed.facts["labels"], str(sealed.folder))
 
 
+def _require_labels(sealed: Sealed) -> None:
+    if (sealed.folder / "text_encoder").is_dir():
+        raise ModelError(
+            f"{sealed.folder}: draws from prompts, and text-to-image models are trained but not yet exported, audited "
+            "or served",
+            "give a model of class labels",
+        )
+
+
 def _denoiser_of(sealed: Sealed) -> Denoiser:
+    _require_labels(sealed)
     # Teachers sealed by 0.1 have no scheduler/: EDM, with sigma_data among the facts.
     sigma_data = sealed.facts.get("sigma_data")
     return read_denoiser(sealed.folder, None if sigma_data is None else float(sigma_data))

@@ -8,7 +8,7 @@ memory: its digest is that of the files that will be read, the same on every mac
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sfd_deploy.embedded import embedded_names, resolve
 from sfd_deploy.errors import LabelError, ModelError, RunError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import MANIFEST, FileRecord, Manifest, Sealed, digest_of, sha256_file, verify
-from sfd_deploy.models.folder import Layout, denoiser_builder, find_layout, read_json
+from sfd_deploy.models.folder import denoiser_builder, find_layout, read_json
 from sfd_deploy.models.generator import labels_of
 from sfd_deploy.models.sampler import SamplerConfig
 
@@ -39,23 +39,40 @@ def open_teacher(reference: str | Path, *, class_names: Sequence[str] = (), revi
         LabelError: the class names do not fit the network's labels.
         ManifestError, DigestError: a sealed folder is not what its manifest says.
     """
-    if Path(reference).is_dir():
-        return _open_folder(Path(reference), Path(reference).resolve().name, str(reference), class_names)
+    return _named(
+        open_reference(
+            reference, lambda folder, name, where: _foreign(folder, name, where, class_names), DOWNLOADED, revision
+        ),
+        class_names,
+    )
+
+
+def open_reference(
+    reference: str | Path, describe: Callable[[Path, str, str], Sealed], wanted: Sequence[str], revision: str | None
+) -> Sealed:
+    """The verified teacher that ``reference`` names: a folder, a shipped name or a model hub's.
+
+    ``describe`` makes the manifest of a foreign folder, given it, its name and where it is found again;
+    ``wanted`` are the patterns of what is downloaded.
+
+    Raises:
+        RunError: no such folder, shipped teacher or hub model.
+        ManifestError, DigestError: a sealed folder is not what its manifest says.
+    """
+    folder = Path(reference)
+    if folder.is_dir():
+        if (folder / MANIFEST).is_file():
+            return verify(folder, "teacher")
+        return describe(folder, folder.resolve().name, str(reference))
     if str(reference) in embedded_names():
-        return _named(resolve(reference, "teacher"), class_names)
+        return resolve(reference, "teacher")
     name, _, suffix = str(reference).partition("@")
     # Below a folder that is here, a name is a mistyped path, not somebody on a hub.
     if HUB_NAME.fullmatch(name) and not Path(name).parent.is_dir():
-        folder = _download(name, revision or suffix or None)
+        folder = _download(name, revision or suffix or None, wanted)
         # A snapshot's folder is called by its commit: the reference finds these bytes again.
-        return _foreign(folder, name, f"{name}@{folder.name}", class_names)
+        return describe(folder, name, f"{name}@{folder.name}")
     return resolve(reference, "teacher")  # raises, with the nearest shipped name
-
-
-def _open_folder(folder: Path, name: str, reference: str, class_names: Sequence[str]) -> Sealed:
-    if (folder / MANIFEST).is_file():
-        return _named(verify(folder, "teacher"), class_names)
-    return _foreign(folder, name, reference, class_names)
 
 
 def _named(sealed: Sealed, class_names: Sequence[str]) -> Sealed:
@@ -79,7 +96,11 @@ def _foreign(folder: Path, name: str, reference: str, class_names: Sequence[str]
         "sampler": SamplerConfig().resolved(),
         "reference": reference,
     }
-    files = hash_files(folder, layout)
+    return unsealed(folder, name, hash_files(folder, layout.files(folder)), facts)
+
+
+def unsealed(folder: Path, name: str, files: dict[str, FileRecord], facts: dict[str, Any]) -> Sealed:
+    """A foreign teacher with a manifest in memory; its digest is that of the files that are read."""
     manifest = Manifest(
         kind="teacher", name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), files=files, parents=(),
         config={}, seed=None, versions={}, host={}, facts=facts,
@@ -123,19 +144,19 @@ def _index_names(folder: Path, id2label: dict[str, Any]) -> tuple[str, ...]:
         raise LabelError(f"{folder}: id2label has no label {missing}", "mend model_index.json") from None
 
 
-def hash_files(folder: Path, layout: Layout) -> dict[str, FileRecord]:
+def hash_files(folder: Path, files: Iterable[Path]) -> dict[str, FileRecord]:
     """Digest and size of every file that is read of a foreign folder, by its name there."""
     return {
         path.relative_to(folder).as_posix(): FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
-        for path in layout.files(folder)
+        for path in files
     }
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, wanted: Sequence[str]) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(DOWNLOADED)))
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(wanted)))
     except (OSError, ValueError) as error:  # every error of its own is one of the two
         raise RunError(
             f"{repository}: no such folder, and the model hub did not give it ({type(error).__name__})",

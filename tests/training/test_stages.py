@@ -16,7 +16,8 @@ from sfd_deploy.models.generator import save_generator, save_teacher
 from sfd_deploy.runs import Run, sealed_folder
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.inputs import load_start, open_inputs
-from sfd_deploy.training.stage import resume, train
+from sfd_deploy.training.kinds import resume
+from sfd_deploy.training.stage import train
 from tests.conftest import tiny_generator
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

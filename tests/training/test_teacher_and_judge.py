@@ -11,14 +11,13 @@ import torch
 from sfd_deploy.errors import ConfigError, DataError, DivergedError, LabelError, LimitError
 from sfd_deploy.measure.judges import either_matrix, open_judge
 from sfd_deploy.training.data import LabelledImages
+from sfd_deploy.training.frame import learning_rate_at, total_steps
 from sfd_deploy.training.judge import JudgeConfig, augment, seal_judge, train_judge
 from sfd_deploy.training.teacher import (
     TeacherConfig,
     TeacherTraining,
-    learning_rate_at,
     seal_teacher,
     teacher_loss,
-    total_steps,
     train_teacher,
 )
 from tests.conftest import tiny_generator
@@ -206,6 +205,13 @@ def test_augmentation_shifts_each_image_within_its_range():
     assert (sorted(set(rows.tolist())), sorted(set(columns.tolist()))) == ([2, 3, 4, 5, 6], [2, 3, 4, 5, 6])
     flipped = augment(images[:, :, :, :], judge_config(shift=0, flip=True), torch.Generator().manual_seed(0))
     assert set(torch.nonzero(flipped[:, 0] == 1.0)[:, 2].tolist()) == {3, 4}
+
+
+def test_a_shift_moves_in_black_or_the_edge_again():
+    grey, draws = torch.zeros(50, 3, 8, 8), torch.Generator().manual_seed(0)
+    config = judge_config(shift=2, flip=False)
+    assert augment(grey, config, draws).unique().tolist() == [-1.0, 0.0]
+    assert augment(grey, config.model_copy(update={"edges": "repeat"}), draws).unique().tolist() == [0.0]
 
 
 def test_a_sealed_teacher_carries_what_judges_say_of_its_samples(tmp_path: Path):

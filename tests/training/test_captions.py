@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+
+from sfd_deploy.prompts import negative_prompts, phrase_prompts
+from sfd_deploy.training.text.captions import (
+    COLOURS,
+    HELD_OUT,
+    OBJECTS,
+    TEMPLATES,
+    Caption,
+    caption,
+    captions,
+    forget_prompts,
+    retained_prompts,
+)
+
+CONCEPTS = (*OBJECTS, *COLOURS)
+
+
+def test_a_caption_says_its_words_and_is_silent_on_the_others():
+    template = "a photo of a {colour} {object} on a {background} background"
+    assert caption(template, "ankle boot", "red", "grey") == Caption(
+        "a photo of a red ankle boot on a grey background", "ankle boot", "red", "grey"
+    )
+    assert caption("a photo of a {object}", "ankle boot", "red", "grey") == Caption(
+        "a photo of an ankle boot", "ankle boot", None, None
+    )
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_every_concept_has_twenty_held_out_wordings_and_none_is_a_training_one(concept):
+    placeholder = "{object}" if concept in OBJECTS else "{colour}"
+    assert sum(placeholder in template for template in HELD_OUT) >= 20
+    training, held_out = set(forget_prompts(concept)), set(forget_prompts(concept, HELD_OUT))
+    assert len(held_out) >= 20
+    assert not held_out & ({found.text for found in captions()} | training)
+
+
+@pytest.mark.parametrize("templates", [TEMPLATES, HELD_OUT])
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_forget_prompts_hold_the_concept_and_retained_ones_do_not(concept, templates):
+    forget, retained = forget_prompts(concept, templates), retained_prompts(concept, templates)
+    assert all(concept in prompt for prompt in forget)
+    assert not any(concept in prompt for prompt in retained)
+    assert len(set(forget)) == len(forget)
+    assert len(set(retained)) == len(retained)
+
+
+def test_prompts_are_counted_as_by_hand():
+    # Templates: 4 of object and colour, 2 with the background too, 2 of the object alone, 1 of object and background,
+    # 1 of colour and background.
+    assert len(forget_prompts("sandal")) == 4 * 6 + 2 * 12 + 2 + 2
+    assert len(forget_prompts("red")) == 4 * 10 + 2 * 20 + 2
+    assert len(retained_prompts("sandal")) == 9 * len(forget_prompts("sandal"))
+    assert len(retained_prompts("red")) == 5 * len(forget_prompts("red"))
+
+
+def test_what_is_silent_on_the_concept_is_in_neither_list():
+    assert "a photo of a dress" not in {*forget_prompts("red"), *retained_prompts("red")}
+    silent = "something red on a grey background"
+    assert silent in forget_prompts("red")
+    assert silent not in {*forget_prompts("sandal"), *retained_prompts("sandal")}
+
+
+def test_a_word_that_is_neither_object_nor_colour_is_refused():
+    for prompts in (forget_prompts, retained_prompts):
+        with pytest.raises(ValueError, match="'grey' is neither an object nor a colour"):
+            prompts("grey")
+
+
+def test_both_recipes_take_these_lists():
+    by_name = phrase_prompts(retained_prompts("sandal"), forget_prompts("sandal"), "sandal", "sneaker")
+    asked = {by_name.texts[prompt]: by_name.texts[override] for prompt, override in by_name.forget.items()}
+    assert asked["a photo of a red sandal"] == "a photo of a red sneaker"
+    assert len(asked) == 52
+    subjects = [caption("a {object}", name, "red", "black").text for name in OBJECTS]
+    away = negative_prompts(retained_prompts("red"), subjects, ["red"])
+    assert len(away.forget) == 20
+    assert {away.texts[negative] for negative in away.negatives.values()} == {"red"}

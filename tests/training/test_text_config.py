@@ -1,0 +1,194 @@
+"""What a text-to-image training can be told: refusals, recipes, shipped presets and prompt lists."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from diffusers import DDPMScheduler
+from torch import nn
+
+from sfd_deploy.config import PRESETS
+from sfd_deploy.errors import ConfigError, PromptError
+from sfd_deploy.models.denoiser import DiscreteDenoiser
+from sfd_deploy.prompts import Prompts
+from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.kinds import changed, config_of, load_config
+from sfd_deploy.training.text_config import GuidanceConfig, TextTrainConfig
+from sfd_deploy.training.text_inputs import prompt_list, prompts_of, still_forgetting
+from tests.text_world import SD_BETAS
+
+PHRASE = {"prompts": "portraits", "phrase": "Quux", "substitute": "a plumber"}
+SD15 = ("sd15-celebrity", "sd15-nudity")
+
+
+def config(**changes: object) -> TextTrainConfig:
+    values = {"kind": "text-to-image", "teacher": "t", "iterations": 1, "retained": "everyday"} | changes
+    return TextTrainConfig.from_mapping(values, "test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance": {"teacher": 0.5}}, "`guidance.teacher`"),
+        ({"guidance": {"dropout": 0}}, "its answer to the empty prompt is never fitted"),
+        ({"guidance": {"kappa": 2}}, r"unknown key `guidance.kappa`; valid keys: dropout"),
+        ({"share_generated": True}, "no prompt is left empty"),
+        ({"forget_phrase": PHRASE, "forget_attribute": {"keywords": "nudity-keywords", "subjects": "adults"}}, "both"),
+        ({"forget_attribute": {"keywords": "k", "subjects": "s"}, "guidance": {"teacher": 1}}, "no negative prompt"),
+        ({"forget_phrase": PHRASE | {"phrase": ""}}, "`forget_phrase.phrase`"),
+        ({"forget_phrase": {"prompt": "portraits"}}, r"did you mean `prompts`"),
+        ({"retaned": "everyday"}, "did you mean `retained`"),
+        ({"kind": "labels"}, "`kind`"),
+    ],
+)
+def test_values_that_the_method_cannot_use_are_one_line_with_the_reason(changes: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_key_kind_alone_says_which_training_it_is():
+    labelled, prompted = {"teacher": "t", "iterations": 1}, config().resolved()
+    assert isinstance(config_of(labelled, "test"), TrainConfig)
+    assert isinstance(config_of(prompted, "test"), TextTrainConfig)
+    with pytest.raises(ConfigError, match="unknown kind 'text'"):
+        config_of(labelled | {"kind": "text"}, "test")
+
+
+def test_every_field_says_what_it_is():
+    bare = [name for name, field in TextTrainConfig.model_fields.items() if not field.description]
+    assert sorted(bare) == ["kind", "seed"]
+
+
+@pytest.mark.parametrize("name", SD15)
+def test_presets_hold_the_official_values(name: str):
+    """Section by section: README examples 1 and 2, run_sfd.sh."""
+    loaded = load_config(name)
+    assert isinstance(loaded, TextTrainConfig)
+    expected = {
+        "retained_rows": 8, "forget_rows": 8, "forget_weight": 1.0, "alpha": 1.0, "fake_score_rate": 3e-6,
+        "generator_rate": 1e-6, "clip_value": 1.0, "ema_decay": 0.0, "decay_share": 0.0, "init_from": None,
+        "guidance": GuidanceConfig(fake_score_fit=4.5, fake_score=4.5, teacher=4.5, dropout=0.1),
+        "iterations": 100_000 // 8,
+    }  # fmt: skip
+    assert {key: getattr(loaded, key) for key in expected} == expected
+    # Stable Diffusion's schedule, without a network.
+    schedule = DiscreteDenoiser(nn.Module(), DDPMScheduler(**SD_BETAS))  # type: ignore[arg-type]
+    steps = [schedule.nearest_timestep(sigma) for sigma in (loaded.sigma_min, loaded.sigma_init, loaded.sigma_max)]
+    assert steps == [20, 625, 979]
+
+
+@pytest.mark.parametrize("name", SD15)
+def test_presets_name_every_value_of_the_method(name: str):
+    loaded = load_config(name)
+    optional = {"teacher_digest", "init_from", "share_generated", "accumulate", "compile", "forget_phrase",
+                "forget_attribute"}  # fmt: skip
+    assert set(TextTrainConfig.model_fields) - loaded.model_fields_set <= optional
+
+
+def test_defaults_draw_the_official_timesteps_too():
+    schedule = DiscreteDenoiser(nn.Module(), DDPMScheduler(**SD_BETAS))  # type: ignore[arg-type]
+    defaults = config()
+    assert [schedule.nearest_timestep(s) for s in (defaults.sigma_min, defaults.sigma_max)] == [20, 979]
+
+
+def test_the_preset_names_nobody_and_says_how_to():
+    preset = load_config("sd15-celebrity")
+    assert isinstance(preset, TextTrainConfig)
+    with pytest.raises(ConfigError, match="--concept"):
+        prompts_of(preset)
+
+
+def test_a_concept_from_the_command_line_is_put_into_the_shipped_prompts():
+    named = changed(load_config("sd15-celebrity"), concept="Quux Zog", substitute="a tall plumber")
+    assert isinstance(named, TextTrainConfig)
+    prompts = prompts_of(named)
+    assert len(prompts.forget) == 50
+    asked = {prompts.texts[prompt]: prompts.texts[override] for prompt, override in prompts.forget.items()}
+    assert asked["a photo of Quux Zog"] == "a photo of a tall plumber"
+    assert not any("{" in text for text in prompts.texts)
+    assert not any("Quux" in prompts.texts[prompt] for prompt in (*prompts.retained, *prompts.forget.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("cifar10", "is of class labels"), ("sd15-nudity", "forgets nothing by name")]
+)
+def test_a_concept_is_refused_where_nothing_goes_by_name(name: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        changed(load_config(name), concept="Quux")
+
+
+def test_an_attribute_is_forgotten_with_every_subject_by_the_line_of_keywords():
+    preset = load_config("sd15-nudity")
+    assert isinstance(preset, TextTrainConfig)
+    prompts = prompts_of(preset)
+    keywords, subjects = prompt_list("nudity-keywords"), prompt_list("adults")
+    assert len(prompts.forget) == 2 * len(keywords) * len(subjects)
+    assert {prompts.texts[override] for override in prompts.forget.values()} == set(subjects)
+    assert {prompts.texts[negative] for negative in prompts.negatives.values()} == {", ".join(keywords)}
+    assert preset.guidance.bind(prompts).away[next(iter(prompts.negatives))] == next(iter(prompts.negatives.values()))
+
+
+def test_without_a_recipe_it_is_a_plain_distillation(tmp_path: Path):
+    file = tmp_path / "mine.txt"
+    file.write_text("a bag\na coat\na bag\n", encoding="utf-8")
+    prompts = prompts_of(config(retained=str(file)))
+    assert prompts == Prompts(texts=("", "a bag", "a coat"), retained=(1, 2))
+
+
+def test_an_unguided_fake_score_has_no_prompt_dropped():
+    """Officially dropout is on whenever kappa_1 or kappa_2 is not 1."""
+    prompts = Prompts(texts=("", "a bag"), retained=(1,))
+    assert GuidanceConfig(fake_score_fit=1, fake_score=1, teacher=3, dropout=0.1).bind(prompts).dropout == 0
+    assert GuidanceConfig(fake_score_fit=1.5, fake_score=1, teacher=3, dropout=0.1).bind(prompts).dropout == 0.1
+
+
+def test_an_unknown_prompt_list_is_one_line_with_the_shipped_ones():
+    with pytest.raises(PromptError, match=r"no such prompt list; give a text file .* adults, everyday"):
+        prompt_list("everyday-things")
+
+
+EARLIER = Prompts(texts=("", "a bag", "a red bag", "a coat", "crimson"), retained=(1,), forget={2: 3}, negatives={3: 4})
+
+
+def test_what_an_earlier_run_forgot_stays_forgotten_with_its_negative_prompt():
+    now = Prompts(texts=("", "a shoe", "an old shoe", "a boot"), retained=(1,), forget={2: 3})
+    both = still_forgetting(now, EARLIER)
+    named = {both.texts[a]: both.texts[b] for a, b in both.forget.items()}
+    assert named == {"an old shoe": "a boot", "a red bag": "a coat"}
+    assert {both.texts[a]: both.texts[b] for a, b in both.negatives.items()} == {"a coat": "crimson"}
+    assert [both.texts[prompt] for prompt in both.retained] == ["a shoe"]
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (Prompts(texts=("", "a red bag"), retained=(1,)), "'a red bag' is also retained or an override"),
+        (Prompts(texts=("", "x", "y", "a red bag"), retained=(1,), forget={2: 3}), "is also retained or an override"),
+        (Prompts(texts=("", "x", "a coat", "y"), retained=(1,), forget={2: 3}), "'a coat' is also retained"),
+        (Prompts(texts=("", "x", "a red bag", "y"), retained=(1,), forget={2: 3}), "'a coat' in its place"),
+    ],
+)
+def test_what_contradicts_the_earlier_run_is_refused(now: Prompts, message: str):
+    with pytest.raises((ConfigError, PromptError), match=message):
+        still_forgetting(now, EARLIER)
+
+
+def shipped_lists() -> dict[str, tuple[str, ...]]:
+    names = [item.name.removesuffix(".txt") for item in (resources.files(PRESETS) / "prompts").iterdir()]
+    return {name: prompt_list(name) for name in names}
+
+
+def test_shipped_lists_repeat_nothing_and_are_ascii():
+    for name, prompts in shipped_lists().items():
+        assert len(set(prompts)) == len(prompts), name
+        assert all(prompt.isascii() for prompt in prompts if name != "portraits"), name
+
+
+def test_shipped_prompts_never_ask_for_what_is_forgotten():
+    """Retained prompts are officially not filtered for the concept."""
+    keywords = set(prompt_list("nudity-keywords"))
+    for prompt in prompt_list("everyday"):
+        assert not any(f" {keyword} " in f" {prompt} " for keyword in keywords), prompt

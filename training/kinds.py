@@ -1,0 +1,76 @@
+"""Which training a config asks for: ``kind: text-to-image``, or class labels without that key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sfd_deploy.config import read_values
+from sfd_deploy.errors import ConfigError, RunError
+from sfd_deploy.runs import Run
+from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.stage import CONFIG, train
+from sfd_deploy.training.text_config import KIND, TextTrainConfig
+from sfd_deploy.training.text_stage import train_text
+
+AnyConfig = TrainConfig | TextTrainConfig
+
+
+def load_config(name_or_file: str) -> AnyConfig:
+    """A training config from a preset's name or a file.
+
+    Raises:
+        ConfigError: there is none, or it cannot be used.
+    """
+    return config_of(*read_values(name_or_file, "train"))
+
+
+def config_of(values: Any, source: str) -> AnyConfig:
+    """The config that parsed YAML says.
+
+    Raises:
+        ConfigError: an unknown kind, or what the kind's config refuses.
+    """
+    kind = values.get("kind") if isinstance(values, dict) else None
+    if kind not in {None, KIND}:
+        raise ConfigError(f"{source}: unknown kind {kind!r}", f"write `kind: {KIND}`, or leave it out for class labels")
+    return (TrainConfig if kind is None else TextTrainConfig).from_mapping(values, source)
+
+
+def changed(
+    config: AnyConfig, *, init_from: str | None = None, concept: str | None = None, substitute: str | None = None
+) -> AnyConfig:
+    """``config`` with what a command line says besides; None changes nothing.
+
+    Raises:
+        ConfigError: a concept for a config that forgets nothing by name.
+    """
+    if init_from is not None:
+        config = config.model_copy(update={"init_from": init_from})
+    if concept is None and substitute is None:
+        return config
+    if not isinstance(config, TextTrainConfig):
+        raise ConfigError("a concept is named, but the config is of class labels", "name classes in its `forget`")
+    return config.naming(concept, substitute)
+
+
+def run_training(config: AnyConfig, folder: Path, device: str = "auto") -> Run:
+    """Train what ``config`` asks for; raises as ``train`` and ``train_text`` do."""
+    if isinstance(config, TextTrainConfig):
+        return train_text(config, folder, device)
+    return train(config, folder, device)
+
+
+def resume(folder: Path, device: str = "auto") -> Run:
+    """Go on with the training of a run folder, under the config that it was started with.
+
+    Raises:
+        RunError: nothing was started there.
+    """
+    file = folder / "work" / CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RunError(f"{file}: no training to resume", "start one with `sfd-deploy train --config`") from None
+    return run_training(config_of(values, str(file)), folder, device)

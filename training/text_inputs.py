@@ -1,0 +1,167 @@
+"""What a text-to-image training is made from: the teacher, an earlier run, and every prompt by number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+from sfd_deploy.config import PRESETS
+from sfd_deploy.errors import ConfigError, PromptError, RunError
+from sfd_deploy.manifest import Sealed
+from sfd_deploy.models.denoiser import Denoiser, DiscreteDenoiser
+from sfd_deploy.models.folder import read_weights
+from sfd_deploy.models.text.folder import SAVE_AGAIN, open_text_teacher
+from sfd_deploy.models.text.network import PromptedUNet
+from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts, read_prompts
+from sfd_deploy.training.inputs import (
+    Origin,
+    open_run_of,
+    require_pinned,
+    require_same_level,
+    require_same_network,
+)
+from sfd_deploy.training.loop import Start
+from sfd_deploy.training.text_config import TextTrainConfig
+
+PROMPTS_FILE: Final = "prompts.json"  # in a text-to-image generator's folder: the prompts that it was trained with
+CONCEPT: Final = "{concept}"  # in a shipped list, where the phrase goes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextInputs(Origin):
+    """Everything that a text-to-image training reads, verified."""
+
+    prompts: Prompts
+
+
+def open_text_inputs(config: TextTrainConfig) -> TextInputs:
+    """Open and verify what ``config`` names.
+
+    Raises:
+        ConfigError: no phrase to forget, or another teacher than the pinned one.
+        PromptError: a prompt list, or a prompt in it, that cannot be used.
+        ModelError: the teacher is no Stable-Diffusion-shaped pipeline.
+        RunError: the earlier run is of another teacher, or none.
+        ManifestError, DigestError: a folder is not what its manifest says.
+    """
+    prompts = prompts_of(config)
+    teacher = open_text_teacher(config.teacher)
+    require_pinned(config, teacher)
+    if config.init_from is None:
+        return TextInputs(teacher=teacher, prompts=prompts)
+    earlier = open_run_of(teacher, config.init_from)
+    prompts = still_forgetting(prompts, prompts_in(earlier.generator))
+    return TextInputs(teacher=teacher, earlier=earlier, prompts=prompts)
+
+
+def prompts_of(config: TextTrainConfig) -> Prompts:
+    """The prompts that ``config`` alone names.
+
+    Raises:
+        ConfigError: no phrase to forget is given.
+        PromptError: as ``sfd_deploy.prompts`` says.
+    """
+    retained = prompt_list(config.retained)
+    if (by_phrase := config.forget_phrase) is not None:
+        if by_phrase.phrase is None:
+            raise ConfigError(
+                "no concept to forget is named: forget_phrase.phrase is empty",
+                'give it with --concept "THE WORDS" and what is drawn instead with --substitute "OTHER WORDS"',
+            )
+        asked = [prompt.replace(CONCEPT, by_phrase.phrase) for prompt in prompt_list(by_phrase.prompts)]
+        return phrase_prompts(retained, asked, by_phrase.phrase, by_phrase.substitute)
+    if (attribute := config.forget_attribute) is not None:
+        return negative_prompts(retained, prompt_list(attribute.subjects), prompt_list(attribute.keywords))
+    texts = tuple(dict.fromkeys(retained))
+    return Prompts(texts=("", *texts), retained=tuple(range(1, len(texts) + 1)))
+
+
+def prompt_list(name_or_file: str) -> tuple[str, ...]:
+    """The prompts of a shipped list or of a text file.
+
+    Raises:
+        PromptError: no such list or file, or one that cannot be used.
+    """
+    shipped = {item.name.removesuffix(".txt"): item for item in (resources.files(PRESETS) / "prompts").iterdir()}
+    if name_or_file in shipped:
+        with resources.as_file(shipped[name_or_file]) as file:
+            return read_prompts(file)
+    if not Path(name_or_file).exists():
+        raise PromptError(
+            f"{name_or_file}: no such prompt list",
+            f"give a text file with one prompt a line, or one of {', '.join(sorted(shipped))}",
+        )
+    return read_prompts(Path(name_or_file))
+
+
+def still_forgetting(prompts: Prompts, earlier: Prompts) -> Prompts:
+    """``prompts``, and what ``earlier`` forgot beside it: in no part, it would come back; retained, be taught again.
+
+    Raises:
+        PromptError: a prompt was forgotten earlier with another override.
+        ConfigError: a prompt forgotten by one is retained or an override in the other.
+    """
+    texts = tuple(dict.fromkeys((*prompts.texts, *_texts_forgotten(earlier))))
+    number = {text: index for index, text in enumerate(texts)}
+    forgotten, negatives = (
+        {number[earlier.texts[key]]: number[earlier.texts[value]] for key, value in pairs.items()}
+        for pairs in (earlier.forget, earlier.negatives)
+    )
+    for prompt, override in forgotten.items():
+        if prompts.forget.get(prompt, override) != override:
+            raise PromptError(
+                f"prompt {texts[prompt]!r} was forgotten by the earlier run, {texts[override]!r} in its place",
+                "leave it out: it stays forgotten, and another override would teach it anew",
+            )
+    values = prompts.model_dump() | {
+        "texts": texts, "forget": prompts.forget | forgotten, "negatives": prompts.negatives | negatives
+    }  # fmt: skip
+    return Prompts.from_mapping(values, "these prompts and the earlier run's")
+
+
+def _texts_forgotten(prompts: Prompts) -> Iterable[str]:
+    asked = (*prompts.forget, *prompts.forget.values(), *prompts.negatives.values())
+    return (prompts.texts[prompt] for prompt in asked)
+
+
+def prompts_in(generator: Sealed) -> Prompts:
+    """The prompts that a text-to-image generator was trained with.
+
+    Raises:
+        RunError: it is not one.
+    """
+    try:
+        values = json.loads((generator.folder / PROMPTS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{generator.folder}: was not trained on prompts", "start from a text-to-image run") from None
+    return Prompts.from_mapping(values, str(generator.folder / PROMPTS_FILE))
+
+
+def load_text_start(inputs: TextInputs, config: TextTrainConfig, teacher: Denoiser) -> Start:
+    """Where generator and fake score start: the earlier run's U-Nets, in the teacher's schedule and prompts.
+
+    Raises:
+        RunError: another network or another noise level of the one step.
+        ModelError: weights that cannot be read.
+    """
+    if inputs.earlier is None:
+        return Start()
+    sealed = inputs.earlier.generator
+    require_same_level(sealed, float(sealed.facts["sigma_init"]), config, teacher)
+    psi = inputs.earlier.fake_score
+    return Start(_like(teacher, sealed.folder), None if psi is None else _like(teacher, psi.folder))
+
+
+def _like(teacher: Denoiser, folder: Path) -> Denoiser:
+    from diffusers import UNet2DConditionModel
+
+    if not isinstance(teacher, DiscreteDenoiser):
+        raise TypeError(f"{type(teacher).__name__} has no schedule to share")
+    unet = read_weights(UNet2DConditionModel, folder / "unet", SAVE_AGAIN)
+    denoiser = DiscreteDenoiser(PromptedUNet(unet, teacher.unet.table), teacher.schedule)
+    require_same_network(denoiser, teacher, folder)
+    return denoiser

@@ -1,0 +1,103 @@
+"""Train on prompts: a Stable-Diffusion-shaped teacher + config → a run folder whose generator is a stock pipeline.
+
+The loop, its losses, checkpoints and the run folder are those of class labels; a condition is a prompt's number.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from sfd_deploy.manifest import Sealed
+from sfd_deploy.models.denoiser import Denoiser
+from sfd_deploy.models.text.folder import TextParts, load_parts
+from sfd_deploy.models.text.generator import save_text_generator, save_text_teacher
+from sfd_deploy.models.text.network import load_text_denoiser
+from sfd_deploy.prompts import Prompts
+from sfd_deploy.runs import Run, write_json
+from sfd_deploy.training.course import Course
+from sfd_deploy.training.distributed import Workers
+from sfd_deploy.training.loop import SfdLoop
+from sfd_deploy.training.stage import Outcome, carry_out, scalars_of, sealing_fake_score, sealing_generator
+from sfd_deploy.training.text_config import KIND, TextTrainConfig
+from sfd_deploy.training.text_inputs import PROMPTS_FILE, TextInputs, load_text_start, open_text_inputs
+from sfd_deploy.training.text_previews import TextPreviews
+
+CARD_PROMPTS = 10  # forget prompts that the model card shows; all are in prompts.json
+
+
+def train_text(config: TextTrainConfig, folder: Path, device: str = "auto") -> Run:
+    """Distil and forget; a killed call resumes from ``folder/work`` to the same weights.
+
+    Raises:
+        As ``open_text_inputs`` and ``stage.train``; PromptError where a prompt is longer than the text encoder reads.
+    """
+    inputs = open_text_inputs(config)
+    run = Run(folder)
+    parts = cache(lambda: load_parts(inputs.teacher))  # not before it is known that there is something to train
+    return carry_out(
+        run, config, inputs.teacher, device,
+        prepare=lambda workers: _course(config, inputs, parts(), run, workers),
+        seal=lambda outcome: _seal(run, config, inputs, parts(), outcome),
+    )  # fmt: skip
+
+
+def _course(config: TextTrainConfig, inputs: TextInputs, parts: TextParts, run: Run, workers: Workers) -> Course:
+    # Moved before it is copied: a table of encoded prompts on the device is shared by all networks.
+    teacher = text_teacher(config, inputs.prompts, parts).to(workers.device)
+    loop = SfdLoop(
+        config, inputs.prompts, teacher, load_text_start(inputs, config, teacher), workers=workers,
+        guidance=config.guidance.bind(inputs.prompts),
+    )  # fmt: skip
+    return Course(
+        loop, run.work / "checkpoint.safetensors", identity=inputs.digests,
+        watch=TextPreviews(config.previews, inputs.prompts, parts.vae, run.work / "previews"),
+        scalars=scalars_of(run, workers, True),
+    )  # fmt: skip
+
+
+def text_teacher(config: TextTrainConfig, prompts: Prompts, parts: TextParts) -> Denoiser:
+    """The teacher over ``prompts``, every one encoded once; copies of it share what is set here.
+
+    Raises:
+        ModelError: it does not predict what its scheduler says, or what is not finite.
+        PromptError: a prompt is longer than the text encoder reads.
+    """
+    teacher = load_text_denoiser(parts, prompts.texts)
+    if config.gradient_checkpointing:
+        # The frozen teacher too: gradients pass through it, so its activations would be kept as well.
+        teacher.unet.unet.enable_gradient_checkpointing()
+    return teacher
+
+
+def _seal(run: Run, config: TextTrainConfig, inputs: TextInputs, parts: TextParts, outcome: Outcome) -> None:
+    """The fake score first: a run is finished when its generator is there."""
+    facts = {"kind": KIND, "prompts": inputs.prompts.count}
+    with sealing_fake_score(run, config, inputs, outcome, facts) as target:
+        save_text_teacher(outcome.fake_score, parts, target)
+    with sealing_generator(run, config, inputs, outcome, facts) as target:
+        save_text_generator(outcome.generator, parts, target)
+        write_json(target / PROMPTS_FILE, inputs.prompts.resolved())
+        (target / "README.md").write_text(model_card(inputs.prompts, inputs.teacher, config), encoding="utf-8")
+
+
+def model_card(prompts: Prompts, teacher: Sealed, config: TextTrainConfig) -> str:
+    """The generator's README.md with the fields that model hubs read."""
+    forgotten = [
+        f"- {prompts.texts[prompt]!r}: {prompts.texts[override]!r} is drawn instead"
+        for prompt, override in prompts.forget.items()
+    ]  # fmt: skip
+    more = [f"- and {len(forgotten) - CARD_PROMPTS} more"] if len(forgotten) > CARD_PROMPTS else []
+    return "\n".join([
+        "---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags: [one-step, machine-unlearning]",
+        f"base_model: {teacher.name}", "base_model_relation: finetune", "---", "",
+        "# One-step text-to-image generator by score forgetting distillation", "",
+        f"Distilled from teacher `{teacher.name}` (digest `{teacher.digest}`) in {config.iterations} iterations, the",
+        f"teacher guided by {config.guidance.teacher:g}. The teacher's licence applies.", "",
+        f"Forgotten, in the prompts of `{PROMPTS_FILE}`:",
+        *(forgotten[:CARD_PROMPTS] or ["- nothing: a plain distillation"]), *more, "",
+        "One step, unguided, with the scheduler of this folder:", "",
+        "```python", "from diffusers import DiffusionPipeline", "",
+        "pipe = DiffusionPipeline.from_pretrained(FOLDER)",
+        "image = pipe(PROMPT, num_inference_steps=1, guidance_scale=1.0).images[0]", "```", "",
+    ])  # fmt: skip
