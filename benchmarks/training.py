@@ -128,7 +128,7 @@ def command(
         text, name, line = reach.text(race, MIN_TIME_RATIO), "training to row", f"{line} --to-row RUN"
         failed = race.missed(MIN_TIME_RATIO)
     flags = f"{' --compile' if compiled else ''}{f' --device {device}' if device != 'cpu' else ''}"
-    text += f"\n{line}{flags}`; {_machine(where, torch)}."
+    text += f"\n- Objective: ours {task.config.objective}, official sid.\n{line}{flags}`; {_machine(where, torch)}."
     click.echo(text)
     if into is not None:
         page.fill(into, name, text)

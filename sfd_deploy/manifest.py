@@ -26,7 +26,8 @@ from sfd_deploy.errors import DigestError, ManifestError
 MANIFEST = "manifest.json"
 Kind = Literal["teacher", "judge", "generator", "fake-score", "artefact", "reference", "audit", "repository"]
 TOOLS = ("sfd-deploy", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
-         "tensorrt-rtx-cu12-bindings", "numpy", "safetensors", "tritonclient")  # fmt: skip
+         "tensorrt-rtx-cu12-bindings", "numpy", "safetensors", "transformers",
+         "tritonclient")  # fmt: skip
 
 
 class FileRecord(StageConfig):

@@ -41,11 +41,16 @@ class LoopConfig(StageConfig):
         description="lambda, the forget part's weight in both steps: apart, the generator overshoots. 1/9: each of ten "
         "labels weighs the same (official code: 0.01 for long runs)",
     )
+    objective: Literal["sid", "diff-instruct"] = Field(
+        "sid",
+        description="sid: gradients pass through both scores (SiD, as in the paper); diff-instruct: through the image "
+        "alone (arXiv 2305.18455), cheaper, and not led astray by a fake score that is still noisy",
+    )
     alpha: float = Field(
         1.2,
         ge=0.5,
         le=1.2,
-        description="SiD's alpha (arXiv 2404.04057: 1.2); 0.5 is the exact gradient; above 1.2 an over-dispersed "
+        description="of sid alone (arXiv 2404.04057: 1.2); 0.5 is the exact gradient; above 1.2 an over-dispersed "
         "generator is driven further out",
     )
     sigma_init: float = Field(

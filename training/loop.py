@@ -29,7 +29,7 @@ from sfd_deploy.training.config import LoopConfig
 from sfd_deploy.training.distributed import Workers, local, whole_state
 from sfd_deploy.training.gaps import gradient_figures
 from sfd_deploy.training.guidance import UNGUIDED, Guidance
-from sfd_deploy.training.losses import fake_score_loss, sid_loss
+from sfd_deploy.training.losses import diff_instruct_loss, fake_score_loss, sid_loss
 from sfd_deploy.training.mixture import Classify, retained_probabilities, teacher_prediction
 from sfd_deploy.training.rows import MIXED, Rows, draw_rows
 from sfd_deploy.training.schedule import linear_decay
@@ -139,17 +139,18 @@ class SfdLoop:
         return passes
 
     def generator_step(self, step: int, shared: tuple[Rows, Tensor] | None = None, watched: bool = False) -> list[Pass]:
-        """Move theta along the SFD objective; phi and psi are frozen, gradients pass through their inputs."""
+        """Move theta along the SFD objective; phi and psi are frozen. SiD's gradients pass through their inputs."""
         self.fake_score.requires_grad_(False)
         self.generator_adam.zero_grad(set_to_none=True)
         passes: list[Pass] = []
         for rows in self._parts("generator", step):
             x = self._generate(rows) if shared is None else shared[1]
-            noisy, sigma = self._renoise(x, rows)
             ask = partial(self._predict, self.fake_score)
-            x_psi = self.guidance.ask_fake_score(ask, noisy, sigma, rows, fitting=False)
-            x_phi = self._ask_teacher(rows, noisy, sigma, x_psi)
-            loss = sid_loss(x, x_phi, x_psi, self.config.alpha)
+            with torch.set_grad_enabled(self.config.objective == "sid"):
+                noisy, sigma = self._renoise(x, rows)
+                x_psi = self.guidance.ask_fake_score(ask, noisy, sigma, rows, fitting=False)
+                x_phi = self._ask_teacher(rows, noisy, sigma, x_psi)
+            loss = self._generator_loss(x, x_phi, x_psi)
             self._backward(self.theta, rows.weights * loss, last=len(passes) + 1 == self.config.accumulate)
             passes.append(Pass(rows, sigma, x.detach(), x_psi.detach(), loss.detach(), x_phi.detach()))
         if self._apply("generator", self.generator, self.generator_adam, step, watched):
@@ -195,6 +196,11 @@ class SfdLoop:
             mixing = (retained_probabilities(logits, self.labels.retained), self.labels.retained)
         ask = self.guidance.for_teacher(partial(self._predict, self.teacher), rows)
         return teacher_prediction(ask, noisy, sigma, rows.targets, mixing)
+
+    def _generator_loss(self, x: Tensor, x_phi: Tensor, x_psi: Tensor) -> Tensor:
+        if self.config.objective == "sid":
+            return sid_loss(x, x_phi, x_psi, self.config.alpha)
+        return diff_instruct_loss(x, x_phi, x_psi)
 
     def _predict(self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.workers.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):

@@ -29,9 +29,22 @@ def sid_loss(x: Tensor, x_phi: Tensor, x_psi: Tensor, alpha: float = 1.2) -> Ten
     Forget rows (SFD, arXiv 2409.11219): x_phi at the override label, x_psi at the forget label.
     Gradients reach x directly and through both predictions.
     """
-    # Detached: omega evens out the scale over sigma; its gradient would change the objective.
-    omega = (x_phi - x).detach().flatten(1).abs().mean(1).clamp_min(OMEGA_FLOOR)
-    return score_gap_loss(x, x_phi, x_psi, alpha) / omega
+    return score_gap_loss(x, x_phi, x_psi, alpha) / _omega(x, x_phi)
+
+
+def diff_instruct_loss(x: Tensor, x_phi: Tensor, x_psi: Tensor) -> Tensor:
+    """Generator loss whose gradient is ``-(x_phi - x_psi) / omega`` on x: the reverse Kullback-Leibler direction.
+
+    Diff-Instruct (arXiv 2305.18455), the official code's ``use_diffinst``. Only x carries gradient. It is
+    linear in x_psi, so the fake score's own noise averages out; ``sid_loss`` holds its square, which does not.
+    """
+    gap = (x_phi - x_psi).detach()
+    return (gap * (x_psi.detach() - x)).flatten(1).sum(1) / _omega(x, x_phi)
+
+
+def _omega(x: Tensor, x_phi: Tensor) -> Tensor:
+    # Detached: it evens out the scale over sigma; its gradient would change the objective.
+    return (x_phi - x).detach().flatten(1).abs().mean(1).clamp_min(OMEGA_FLOOR)
 
 
 def fake_score_loss(x: Tensor, x_psi: Tensor, fit_weight: Tensor) -> Tensor:

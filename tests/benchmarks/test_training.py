@@ -79,6 +79,7 @@ def test_a_missed_ratio_exits_with_one(official_seconds, code, monkeypatch: pyte
     assert result.exception is None
     assert result.return_value == code
     assert f"Ratio {official_seconds:.2f}" in page.read_text()
+    assert "Objective: ours sid, official sid." in page.read_text()
 
 
 def test_a_config_without_its_teacher_is_timed_on_an_untrained_network_of_its_shape(tmp_path: Path, monkeypatch):

@@ -87,10 +87,3 @@ def test_every_preset_loads_and_names_every_value_of_the_method(name):
     optional = {"teacher_digest", "class_names", "init_from", "classifier", "share_generated", "accumulate", "compile",
                 "monitor", "checkpoint_every", "ema_ramp"}  # fmt: skip
     assert left_out <= optional | ({"forget_rows", "forget_weight"} if not loaded.forget else set())
-
-
-def test_the_demo_keeps_its_values():
-    loaded = TrainConfig.load("fashion-mnist", "train")
-    assert (loaded.iterations, loaded.retained_rows, loaded.forget_rows) == (400, 56, 8)
-    assert (loaded.fake_score_rate, loaded.generator_rate, loaded.ema_decay) == (5e-4, 2e-4, 0.99)
-    assert (loaded.alpha, loaded.precision, loaded.ema_ramp, loaded.share_generated) == (1.2, "bf16", True, False)

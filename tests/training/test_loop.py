@@ -69,6 +69,25 @@ def test_training_draws_with_the_function_that_is_exported_but_for_the_clamp():
     assert torch.equal(loop.iterate(0)[1][0].x, tiny_generator().unclamped(rows.latents, rows.labels))
 
 
+def test_diff_instruct_reads_both_scores_and_keeps_no_graph_of_them():
+    loop, through = tiny_loop(objective="diff-instruct"), []
+    for network in (loop.teacher, loop.fake_score, loop.generator.denoiser):
+        network.register_forward_hook(lambda _m, _i, output: through.append(output.requires_grad))
+    (done,) = loop.generator_step(0)
+    assert through == [True, False, False]  # theta, psi, phi
+    assert not torch.equal(done.x_phi[-2:], done.x_psi[-2:])
+    expected = tiny_loop().generator_step(0)[0]
+    torch.testing.assert_close((done.x_phi, done.x_psi), (expected.x_phi, expected.x_psi))
+    omega = (done.x_phi - done.x).flatten(1).abs().mean(1)
+    pull = -(done.x_phi - done.x_psi) * (done.rows.weights / omega).reshape(-1, 1, 1, 1)
+    # The step moved the weights; the start's gradient is asked of a network that has not moved.
+    fresh = tiny_loop().generator
+    (wanted,) = torch.autograd.grad(
+        (fresh.unclamped(done.rows.latents, done.rows.labels) * pull).sum(), fresh.denoiser.unet.conv_in.weight
+    )
+    torch.testing.assert_close(loop.generator.denoiser.unet.conv_in.weight.grad, wanted, rtol=1e-4, atol=1e-7)
+
+
 def largest_first_gradient(labels: Labels) -> float:
     loop = tiny_loop(labels=labels)
     loop.generator_step(0)

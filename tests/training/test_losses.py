@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfd_deploy.training.losses import fake_score_loss, gap_energy, score_gap_loss, sid_loss
+from sfd_deploy.training.losses import diff_instruct_loss, fake_score_loss, gap_energy, score_gap_loss, sid_loss
 
 MU, TAU = (3.0, -1.0, 0.5), (0.5, 1.0, 2.0)
 FORGET, OVERRIDE, RETAINED = 0, 1, 2
@@ -213,6 +213,39 @@ def test_gradient_through_the_image_only_has_the_diff_instruct_value_not_the_pin
     u = COARSE.a**2 + COARSE.b**2
     assert gm == pytest.approx((4 * (COARSE.b**2 / u).mean()).item(), rel=1e-9)
     assert abs(gm - gradients(COARSE, OVERRIDE, 1.2)[1]) > 0.05
+
+
+def test_diff_instruct_moves_each_image_by_minus_the_score_gap_over_omega_and_sends_nothing_through_the_scores():
+    draws = torch.Generator().manual_seed(1)
+    x, x_phi, x_psi = torch.randn(3, 4, 2, 3, 3, generator=draws, dtype=torch.float64).requires_grad_().unbind()
+    loss = diff_instruct_loss(x, x_phi, x_psi)
+    by_image, *by_scores = torch.autograd.grad(loss.sum(), (x, x_phi, x_psi), allow_unused=True)
+    omega = (x_phi - x).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(by_image, -(x_phi - x_psi) / omega)
+    assert loss.shape == (4,)
+    assert by_scores == [None, None]
+
+
+def test_diff_instruct_ends_at_the_target_class():
+    def loss(m: Tensor, s: Tensor) -> Tensor:
+        return toy_loss(COARSE, m, s, OVERRIDE, 0.0, loss=lambda x, phi, psi, _: diff_instruct_loss(x, phi, psi))
+
+    assert descend(0.0, loss, 3.0, 0.5, 400) == pytest.approx((-1.0, 1.0), abs=0.02)
+
+
+@pytest.mark.parametrize(("is_linear", "loss"), [(True, diff_instruct_loss), (False, sid_loss)])
+def test_errors_of_the_fake_score_that_cancel_leave_no_trace_in_diff_instruct_but_do_in_sid(is_linear, loss):
+    """psi's gain on x_t is 0.8, or 0.3 more and less by turns."""
+
+    def pull(offset: float) -> Tensor:
+        x = (0.3 + 0.5 * Z).requires_grad_()
+        x_t = x + EPS
+        x_psi = 0.8 * x_t + offset * x_t
+        (found,) = torch.autograd.grad(loss(x[:, None], (0.5 * x_t)[:, None], x_psi[:, None]).sum(), x)
+        return found
+
+    averaged = (pull(0.3) + pull(-0.3)) / 2
+    assert torch.allclose(averaged, pull(0.0), rtol=0, atol=1e-12) is is_linear
 
 
 @pytest.mark.parametrize(("variance", "is_restoring"), [(0.25, True), (9.9, True), (100.0, True), (103.0, False)])
