@@ -49,3 +49,18 @@ class ExportConfig(StageConfig):
         if not self.min_batch <= self.opt_batch <= self.max_batch:
             raise ValueError(f"batches must rise: min {self.min_batch}, opt {self.opt_batch}, max {self.max_batch}")
         return self
+
+
+class TextExportConfig(ExportConfig):
+    """The same for text-to-image: fewer samples and smaller batches, as its networks are a hundred times larger."""
+
+    opt_batch: int = Field(1, ge=1, description="batch that an engine is tuned for")
+    max_batch: int = Field(8, ge=1, description="largest batch of an artefact")
+    calibration_samples: int = Field(64, ge=16, description="latents and prompts that set the INT8 ranges")
+    range_samples: int = Field(128, ge=16, description="latents and prompts over which activations must stay in range")
+    parity_samples: int = Field(32, ge=16, description="latents and prompts on which graphs are compared with PyTorch")
+    # Measured on CPUs: with the two products inside attention quantised, INT8 is slower than FP32.
+    int8_exclude: tuple[str, ...] = Field(
+        ("*conv_in*", "*conv_out*", "*time_emb*", "*conv_shortcut*", "*.attn1/*", "*.attn2/*"),
+        description="node name patterns of the U-Net that stay FP32 in an INT8 graph",
+    )

@@ -11,7 +11,7 @@ import ast
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, NodeProto, numpy_helper
+from torch import Tensor, nn
 
 from sfd_deploy.errors import GraphError
 from sfd_deploy.labels import Labels
@@ -38,14 +39,27 @@ def trace_one_step(generator: OneStepGenerator, opset: int) -> ModelProto:
     Raises:
         GraphError: an operation that PyTorch cannot export, or that ONNX's checker refuses.
     """
-    example = (torch.zeros(2, *generator.image_shape), torch.zeros(2, dtype=torch.int64))
-    batch = {0: "batch"}
+    example = {
+        "latents": torch.zeros(2, *generator.image_shape),
+        "class_labels": torch.zeros(2, dtype=torch.int64),
+    }
+    return trace(generator, example, ["images"], opset)
+
+
+def trace(module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str], opset: int) -> ModelProto:
+    """One FP32 graph of ``module``; ``example`` has an input for each argument of its forward, in order.
+
+    The first dimension of every input is free: "batch".
+
+    Raises:
+        GraphError: an operation that PyTorch cannot export, or that ONNX's checker refuses.
+    """
     try:
         with _exporter_noise_silenced():
             program = torch.onnx.export(
-                generator, example, dynamo=True, opset_version=opset, verbose=False,
-                input_names=["latents", "class_labels"], output_names=["images"],
-                dynamic_shapes={"latents": batch, "class_labels": batch},
+                module, tuple(example.values()), dynamo=True, opset_version=opset, verbose=False,
+                input_names=list(example), output_names=list(outputs),
+                dynamic_shapes={name: {0: "batch"} for name in example},
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         raise GraphError(f"PyTorch cannot export the generator: {_summary(error)}", "mend that operation") from error
@@ -173,7 +187,7 @@ def _is_batch_size(value: onnx_ir.Value | None) -> bool:
         return False
     node = value.producer()
     source = node.inputs[0] if node is not None and node.op_type == "Shape" else None
-    return source is not None and source.name == "latents"
+    return source is not None and source.is_graph_input()
 
 
 def _name_by_module(node: NodeProto) -> None:

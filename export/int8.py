@@ -6,7 +6,7 @@ TensorRT parses only symmetric signed ones, and no quantised bias.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +32,13 @@ def to_int8(
 
     Nodes whose name matches a pattern of ``exclude`` stay FP32.
     """
+    return quantise(model, target, samples.feeds(shape, BATCH), exclude=exclude, reduce_range=reduce_range)
+
+
+def quantise(
+    model: ModelProto, target: Target, batches: Iterable[Feeds], *, exclude: Sequence[str], reduce_range: bool = False
+) -> ModelProto:
+    """The same, calibrated on the inputs of ``batches``."""
     from onnxruntime.quantization import QuantFormat, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -41,7 +48,7 @@ def to_int8(
         # Symbolic shape inference fails on graphs of the dynamo exporter, whose shapes are complete anyway.
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
-            prepared, quantised, _Reader(samples.feeds(shape, BATCH)), quant_format=QuantFormat.QDQ,
+            prepared, quantised, _Reader(batches), quant_format=QuantFormat.QDQ,
             op_types_to_quantize=QUANTISED_OPERATORS, nodes_to_exclude=excluded_nodes(onnx.load(prepared), exclude),
             per_channel=True, reduce_range=reduce_range, **_number_format(target),
         )  # fmt: skip
@@ -66,8 +73,8 @@ def _number_format(target: Target) -> dict[str, Any]:
 class _Reader:
     """What the quantiser asks for batches; it wants the method, not its abstract class."""
 
-    def __init__(self, feeds: Iterator[Feeds]) -> None:
-        self.feeds = feeds
+    def __init__(self, batches: Iterable[Feeds]) -> None:
+        self.feeds = iter(batches)
 
     def get_next(self) -> Feeds | None:
         return next(self.feeds, None)

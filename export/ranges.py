@@ -6,6 +6,7 @@ clamps large weights without a word. So the FP32 graph is measured, before it is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,9 +19,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sfd_deploy.errors import GraphError, LimitError
 from sfd_deploy.export.graph import consumers
-from sfd_deploy.export.samples import Samples
+from sfd_deploy.export.samples import Feeds, Samples
 from sfd_deploy.progress import progress_bar
-from sfd_deploy.runtime.ort import OnnxRuntime
+from sfd_deploy.runtime.ort import open_session
 
 # Half of FP16's largest number, 65,504: room for sums that a GPU orders differently.
 FP16_LIMIT = 32_768.0
@@ -46,7 +47,16 @@ def measure_peaks(model: ModelProto, samples: Samples, shape: tuple[int, ...]) -
     Raises:
         BackendError: ONNX Runtime is not installed.
     """
-    return [*_weight_peaks(model), *_activation_peaks(model, samples, shape)]
+    return peaks_over(model, samples.feeds(shape, BATCH), len(samples))
+
+
+def peaks_over(model: ModelProto, batches: Iterable[Feeds], count: int) -> list[Peak]:
+    """The same over the inputs of ``batches``, ``count`` rows in all.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed.
+    """
+    return [*_weight_peaks(model), *_activation_peaks(model, batches, count)]
 
 
 def require_range(peaks: list[Peak], limit: float, precision: str) -> None:
@@ -81,18 +91,18 @@ def _weight_peaks(model: ModelProto) -> list[Peak]:
     return peaks
 
 
-def _activation_peaks(model: ModelProto, samples: Samples, shape: tuple[int, ...]) -> list[Peak]:
+def _activation_peaks(model: ModelProto, batches: Iterable[Feeds], count: int) -> list[Peak]:
     probed, tensors = _with_probes(model)
     top: NDArray[np.float64] = np.zeros(len(tensors))
     with (
         TemporaryDirectory(prefix="sfd-deploy-ranges-") as folder,
-        progress_bar("checking ranges", len(samples)) as advance,
+        progress_bar("checking ranges", count) as advance,
     ):
         onnx.save(probed, Path(folder) / "probed.onnx")
-        session = OnnxRuntime(Path(folder) / "probed.onnx", "fp32", "cpu").session
-        for feeds in samples.feeds(shape, BATCH):
+        session = open_session(Path(folder) / "probed.onnx", "cpu")
+        for feeds in batches:
             top = np.maximum(top, _probe(session, feeds, len(tensors)))
-            advance(len(feeds["class_labels"]), "")
+            advance(len(next(iter(feeds.values()))), "")
     return [Peak(node.name, node.op_type, f"activation {tensor}", float(value))
             for (node, tensor), value in zip(tensors, top, strict=True)]  # fmt: skip
 

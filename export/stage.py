@@ -62,10 +62,10 @@ def export_run(
         LimitError: numbers out of range, or images that differ from PyTorch's.
     """
     config = config or ExportConfig()
-    chosen: tuple[Backend, ...] = _chosen("back end", backends, BACKENDS)
-    wanted: tuple[Precision, ...] = _chosen("precision", precisions, PRECISIONS)
+    chosen: tuple[Backend, ...] = chosen_of("back end", backends, BACKENDS)
+    wanted: tuple[Precision, ...] = chosen_of("precision", precisions, PRECISIONS)
     flavour = find_flavour() if "trt" in chosen else None
-    with log_to(run.work / "export.log"), _full_disk_told():
+    with log_to(run.work / "export.log"), full_disk_told():
         compiler = _prepare(run, config, wanted)
         sealed: list[Sealed] = []
         if "onnx" in chosen:
@@ -226,7 +226,8 @@ def _engine_facts(
 
 
 @contextmanager
-def _full_disk_told() -> Iterator[None]:
+def full_disk_told() -> Iterator[None]:
+    """Say a full disk in one line."""
     # ONNX Runtime and its quantiser read and write files: a full temporary folder is no bug of ours.
     try:
         yield
@@ -237,7 +238,12 @@ def _full_disk_told() -> Iterator[None]:
         raise RunError(f"{where}: no space left", "free space, or set TMPDIR to a folder that has some") from None
 
 
-def _chosen(what: str, asked: Iterable[str], known: tuple[Choice, ...]) -> tuple[Choice, ...]:
+def chosen_of(what: str, asked: Iterable[str], known: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """Which of ``known`` are asked for, in its order; nothing asked is the first.
+
+    Raises:
+        ConfigError: one that is not known.
+    """
     names = set(asked) or {known[0]}
     if unknown := sorted(names - set(known)):
         raise ConfigError(f"unknown {what} {unknown[0]!r}", f"use {', '.join(known)}")

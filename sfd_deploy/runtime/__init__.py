@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sfd_deploy.errors import BackendError
 from sfd_deploy.manifest import Sealed
+from sfd_deploy.prompts import draws_from_prompts, prompts_in
 from sfd_deploy.runtime.seam import Runtime
 
 
@@ -14,10 +17,15 @@ class NotRunnableHereError(BackendError):
 def open_runtime(sealed: Sealed, device: str = "auto") -> Runtime:
     """The back end for a verified teacher, generator or artefact.
 
+    A text-to-image generator or artefact is asked for the prompts that it was trained with, by number.
+
     Raises:
         NotRunnableHereError: an engine, and this machine lacks its GPU or library.
         BackendError: a back end that is not installed.
+        RunError: a text-to-image folder that records no prompts.
     """
+    if sealed.manifest.kind in {"generator", "artefact"} and draws_from_prompts(sealed.folder):
+        return open_text_runtime(sealed, prompts_in(sealed.folder).texts, device)
     if sealed.manifest.kind == "teacher":
         from sfd_deploy.models.generator import load_teacher
         from sfd_deploy.models.sampler import SamplerConfig
@@ -37,3 +45,26 @@ def open_runtime(sealed: Sealed, device: str = "auto") -> Runtime:
     from sfd_deploy.runtime.trt import TensorRtRuntime
 
     return TensorRtRuntime(sealed)
+
+
+def open_text_runtime(sealed: Sealed, texts: Sequence[str], device: str = "auto") -> Runtime:
+    """The back end for a verified text-to-image generator or artefact, asked for any ``texts`` by position.
+
+    Raises:
+        NotRunnableHereError: an engine, and this machine lacks its GPU or library.
+        BackendError: a back end that is not installed.
+        PromptError: a text is longer than the text encoder reads; an artefact says so when it is asked for.
+    """
+    if sealed.manifest.kind == "generator":
+        from sfd_deploy.models.text.generator import load_text_generator
+        from sfd_deploy.runtime.pytorch import torch_device
+        from sfd_deploy.runtime.text_pytorch import TextGeneratorRuntime
+
+        return TextGeneratorRuntime(load_text_generator(sealed, texts), torch_device(device))
+    if sealed.facts["runtime"] == "onnxruntime":
+        from sfd_deploy.runtime.text import TextOnnxRuntime
+
+        return TextOnnxRuntime(sealed.folder, sealed.facts["precision"], texts, device)
+    from sfd_deploy.runtime.text_trt import TextTensorRtRuntime
+
+    return TextTensorRtRuntime(sealed, texts)

@@ -26,19 +26,9 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     def __init__(self, model: Path, precision: str, device: str = "cpu", threads: int = 0) -> None:
-        ort = _import()
         device = resolve_device(device)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        try:
-            self.session = ort.InferenceSession(str(model), options, providers=[PROVIDERS[device]])
-        except Exception as error:  # ONNX Runtime raises its own unexported types
-            reason = str(error).splitlines()[0]
-            raise ManifestError(f"{model}: ONNX Runtime cannot load it ({reason})", "export it again") from None
-        # The CPU provider computes FP16 operators in FP32: such a row is evidence for FP32 arithmetic only.
-        arithmetic = "fp32" if (device, precision) == ("cpu", "fp16") else precision
-        self.settings: dict[str, Any] = {"provider": PROVIDERS[device], "arithmetic": arithmetic, "threads": threads}
+        self.session = open_session(model, device, threads)
+        self.settings = settings_of(device, precision, threads)
         channels, height, width = self.session.get_inputs()[0].shape[1:]
         self.image_shape = (int(channels), int(height), int(width))
 
@@ -49,6 +39,31 @@ class OnnxRuntime:
     def close(self) -> None:
         """Free the session."""
         del self.session
+
+
+def open_session(model: Path, device: str, threads: int = 0) -> Any:
+    """An ONNX Runtime session of one graph; ``device`` is cpu or cuda.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed.
+        ManifestError: the graph cannot be loaded.
+    """
+    ort = _import()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(model), options, providers=[PROVIDERS[device]])
+    except Exception as error:  # ONNX Runtime raises its own unexported types
+        reason = str(error).splitlines()[0]
+        raise ManifestError(f"{model}: ONNX Runtime cannot load it ({reason})", "export it again") from None
+
+
+def settings_of(device: str, precision: str, threads: int) -> dict[str, Any]:
+    """What shapes the numbers of a graph of ``precision`` on ``device``."""
+    # The CPU provider computes FP16 operators in FP32: such a row is evidence for FP32 arithmetic only.
+    arithmetic = "fp32" if (device, precision) == ("cpu", "fp16") else precision
+    return {"provider": PROVIDERS[device], "arithmetic": arithmetic, "threads": threads}
 
 
 def resolve_device(name: str) -> str:

@@ -1,5 +1,7 @@
 """The one seam after training: latents and labels in, images out, whatever runs it.
 
+A label is a condition's number: a class's, or a prompt's.
+
 Audit, bench, precision choice and serving checks are written against ``Runtime`` alone.
 """
 
@@ -30,7 +32,7 @@ class Runtime(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of both latents and images."""
+        """(C, H, W) of images; of latents too, unless the back end draws from prompts."""
         ...
 
     def draw(self, latents: Latents, labels: NDArray[np.int64]) -> Images:

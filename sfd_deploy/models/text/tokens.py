@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,6 @@ from sfd_deploy.errors import BackendError, ModelError, PromptError
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
-
-SAVE_AGAIN: Final = "save the pipeline from diffusers with save_pretrained(FOLDER, safe_serialization=True)"
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -30,7 +28,9 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         tokenizer: CLIPTokenizer = kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({reason})", SAVE_AGAIN) from None
+        raise ModelError(
+            f"{folder}: the tokenizer cannot be loaded ({reason})", "save it with its save_pretrained(FOLDER)"
+        ) from None
     return tokenizer
 
 

@@ -1,0 +1,39 @@
+"""The reference back end of prompts: a one-step text-to-image generator in PyTorch, FP32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sfd_deploy.latents import Latents
+from sfd_deploy.models.text.generator import OneStepTextGenerator
+from sfd_deploy.runtime.seam import Images
+
+
+class TextGeneratorRuntime:
+    """A one-step generator; a condition is a position in the texts that it was loaded with."""
+
+    name = "pytorch"
+
+    def __init__(self, generator: OneStepTextGenerator, device: str = "cpu") -> None:
+        self.generator = generator.to(device)
+        self.device = device
+        self.settings: dict[str, Any] = {"device": device, "arithmetic": "fp32", "steps": 1}
+        self.latent_shape = generator.image_shape
+        config = generator.vae.config
+        _, height, width = self.latent_shape
+        scale = 2 ** (len(config.block_out_channels) - 1)  # each level but the last doubles the size
+        self.image_shape = (int(config.out_channels), height * scale, width * scale)
+
+    @torch.inference_mode()
+    def draw(self, latents: Latents, labels: NDArray[np.int64]) -> Images:
+        """Images (B, 3, H, W) of prompts ``labels`` (B,)."""
+        noise = torch.from_numpy(latents.array(self.latent_shape)).to(self.device)
+        images: torch.Tensor = self.generator(noise, torch.from_numpy(labels).to(self.device))
+        return images.cpu().numpy()
+
+    def close(self) -> None:
+        """Nothing to release."""
