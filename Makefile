@@ -32,11 +32,14 @@ $(TRITON)/ready: $(VENV)/ready serving/triton-requirements.txt
 demo: set-up  ## the main job, end to end, on real input (about ten minutes on two cores)
 	$(BIN)/sfd-deploy demo --triton $(TRITON) --set-up-seconds "$$(cat $(VENV)/set-up-seconds 2>/dev/null || echo 0)"
 
+# Two workers of one thread each: most tests are too small for two. A file stays with one worker, for its fixtures.
+PYTEST = OMP_NUM_THREADS=1 SFD_DEPLOY_TRITON=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: set-up  ## the fast suite, with coverage
-	SFD_DEPLOY_TRITON=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-all: set-up  ## the fast suite and the slow tests
-	SFD_DEPLOY_TRITON=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 lint: set-up  ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

@@ -11,6 +11,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Final, Self
 
@@ -20,20 +21,23 @@ from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import PromptError, RunError
 
 PROMPTS_FILE: Final = "prompts.json"  # in a generator's or artefact's folder: the prompts that it was trained with
+NAMED: Final = 3  # spoilt prompts that an error names
 TEXT_TO_IMAGE: Final = "text-to-image"  # `kind` in configs and in manifests' facts
 
 
 class Prompts(StageConfig):
     """Every prompt that a network is asked for. A condition is a position in ``texts``.
 
-    ``forget`` maps a forget prompt to its override prompt. ``negatives`` maps an override prompt to the
-    prompt that stands in for the empty one where a forget row is guided; without an entry it is the empty one.
+    ``forget`` maps a forget prompt to its override prompt. ``negatives`` maps a forget prompt to the prompt that
+    stands in for the empty one where the teacher is guided; without an entry it is the empty one. ``phrases`` are
+    the words that forget prompts are known by: no retained or override prompt, of a later run either, holds one.
     """
 
     texts: tuple[str, ...] = Field(min_length=2)
     retained: tuple[int, ...] = Field(min_length=1)
     forget: dict[int, int] = Field({})
     negatives: dict[int, int] = Field({})
+    phrases: tuple[str, ...] = ()
     unconditional: int = Field(0, ge=0, description="the empty prompt's number")
 
     @model_validator(mode="after")
@@ -43,10 +47,14 @@ class Prompts(StageConfig):
         mapped = (*self.forget, *self.forget.values(), *self.negatives, *self.negatives.values())
         if unknown := {n for n in (*self.retained, *mapped, self.unconditional) if not 0 <= n < self.count}:
             raise ValueError(f"prompt {min(unknown)} is out of range: there are {self.count}")
+        if not all(phrase.strip() for phrase in self.phrases):
+            raise ValueError("a phrase is empty")
         if self.texts[self.unconditional]:
             raise ValueError("`unconditional` is not the empty prompt")
         if both := set(self.forget) & {*self.retained, *self.forget.values(), self.unconditional}:
             raise ValueError(f"forget prompt {self.texts[min(both)]!r} is also retained or an override")
+        if kept := set(self.negatives) - set(self.forget):
+            raise ValueError(f"prompt {self.texts[min(kept)]!r} has a negative prompt and is not forgotten")
         return self
 
     @property
@@ -100,26 +108,46 @@ def prompts_in(folder: Path) -> Prompts:
 
 
 def rewrite(prompt: str, phrase: str, substitute: str) -> str:
-    """``prompt`` with every occurrence of ``phrase`` replaced, whatever its case; both are taken literally.
+    """``prompt`` with every occurrence of ``phrase`` replaced, as ``holds`` finds it; both are taken literally.
 
     Raises:
         PromptError: the phrase is empty or absent, or what comes out still holds it.
     """
     prompt, phrase, substitute = (_composed(text) for text in (prompt, phrase, substitute))
     if not phrase.strip():
-        raise PromptError("the phrase to forget is empty", "give the words that name the concept")
-    if not _holds(prompt, phrase):
+        raise PromptError("the phrase to forget (--concept) is empty", "give the words that name the concept")
+    if not holds(prompt, phrase):
         raise PromptError(
             f"prompt {prompt!r} does not hold the phrase {phrase!r}",
-            "write the phrase as it stands in the forget prompts, or leave that prompt out",
+            "write the phrase (--concept) as it stands in the forget prompts, or leave that prompt out",
         )
     # A function, since a substitute's backslash would mean something to a regular expression too.
-    written = re.sub(re.escape(phrase), lambda _: substitute, prompt, flags=re.IGNORECASE)
-    if _holds(written, phrase):
-        raise PromptError(f"{written!r} still holds the phrase {phrase!r}", "give a substitute without it")
+    written = _pattern(phrase).sub(lambda _: substitute, prompt)
+    if holds(written, phrase):
+        raise PromptError(
+            f"{written!r} still holds the phrase {phrase!r}", "give a substitute (--substitute) without it"
+        )
     if not written.strip():
-        raise PromptError(f"nothing is left of prompt {prompt!r}", "give a substitute for the phrase")
+        raise PromptError(f"nothing is left of prompt {prompt!r}", "give a substitute (--substitute) for the phrase")
     return written
+
+
+def holds(prompt: str, phrase: str) -> bool:
+    """Whether ``phrase`` stands in ``prompt`` in whole words, whatever their case, spacing and spelling of accents."""
+    return _pattern(phrase).search(_composed(prompt)) is not None
+
+
+def require_without(kind: str, texts: Iterable[str], phrases: Iterable[str]) -> None:
+    """Refuse ``texts`` that hold what is forgotten: they would teach it anew. ``kind`` says what they are.
+
+    Raises:
+        PromptError: how many hold a phrase, and the first few.
+    """
+    texts = tuple(texts)
+    for phrase in phrases:
+        pattern = _pattern(phrase)
+        if spoilt := [text for text in texts if pattern.search(_composed(text))]:
+            raise _spoilt(kind, spoilt, phrase)
 
 
 def phrase_prompts(retained: Sequence[str], forget: Sequence[str], phrase: str, substitute: str) -> Prompts:
@@ -132,46 +160,48 @@ def phrase_prompts(retained: Sequence[str], forget: Sequence[str], phrase: str, 
     _require_some("retained prompt", retained)
     _require_some("forget prompt", forget)
     overrides = [rewrite(prompt, phrase, substitute) for prompt in forget]
-    if spoilt := next((prompt for prompt in retained if _holds(prompt, phrase)), None):
-        raise PromptError(
-            f"retained prompt {spoilt!r} holds the phrase {phrase!r}", "leave it out: it would teach the concept anew"
-        )
-    return _number(retained, dict(zip(forget, overrides, strict=True)))
+    require_without("retained prompt", retained, [phrase])
+    return _number(retained, dict(zip(forget, overrides, strict=True)), [phrase])
 
 
 def negative_prompts(retained: Sequence[str], subjects: Sequence[str], keywords: Sequence[str]) -> Prompts:
     """Forget an attribute: every keyword before every subject, and behind it after a comma, becomes the bare subject.
 
-    The override prompts' negative prompt is the line of all keywords.
+    The forget prompts' negative prompt is the line of all keywords.
 
     Raises:
-        PromptError: no prompts, subjects or keywords, or a retained prompt that is one to forget.
+        PromptError: no prompts, subjects or keywords, or a retained prompt or subject with a keyword in it.
     """
     for kind, texts in (("retained prompt", retained), ("subject", subjects), ("keyword", keywords)):
         _require_some(kind, texts)
     keywords = tuple(dict.fromkeys(keywords))
+    require_without("retained prompt", retained, keywords)
+    require_without("subject", subjects, keywords)
     forget = {
         prompt: subject
         for subject in subjects
         for keyword in keywords
         for prompt in (f"{keyword} {subject}", f"{subject}, {keyword}")
     }
-    if spoilt := next((prompt for prompt in (*retained, *subjects) if prompt in forget), None):
-        raise PromptError(f"prompt {spoilt!r} is retained and to be forgotten", "leave it out of one of the two")
-    return _number(retained, forget, ", ".join(keywords))
+    return _number(retained, forget, keywords, ", ".join(keywords))
 
 
-def _number(retained: Iterable[str], forget: dict[str, str], negative: str | None = None) -> Prompts:
+def _number(
+    retained: Iterable[str], forget: dict[str, str], phrases: Iterable[str], negative: str | None = None
+) -> Prompts:
     """Texts in the order of first mention, the empty prompt first."""
     numbers: dict[str, int] = {"": 0}
 
     def number(text: str) -> int:
-        return numbers.setdefault(text, len(numbers))
+        return numbers.setdefault(_composed(text), len(numbers))
 
     kept = tuple(dict.fromkeys(number(text) for text in retained))
     mapping = {number(text): number(override) for text, override in forget.items()}
-    negatives = {} if negative is None else {override: number(negative) for override in mapping.values()}
-    return Prompts(texts=tuple(numbers), retained=kept, forget=mapping, negatives=negatives)
+    negatives = {} if negative is None else dict.fromkeys(mapping, number(negative))
+    return Prompts(
+        texts=tuple(numbers), retained=kept, forget=mapping, negatives=negatives,
+        phrases=tuple(_composed(phrase) for phrase in phrases),
+    )  # fmt: skip
 
 
 def _require_some(kind: str, texts: Sequence[str]) -> None:
@@ -181,8 +211,24 @@ def _require_some(kind: str, texts: Sequence[str]) -> None:
         raise PromptError(f"a {kind} is empty", "leave it out: the empty prompt is always among the conditions")
 
 
-def _holds(prompt: str, phrase: str) -> bool:
-    return re.search(re.escape(_composed(phrase)), _composed(prompt), re.IGNORECASE) is not None
+def _spoilt(kind: str, texts: Sequence[str], phrase: str) -> PromptError:
+    if len(texts) == 1:
+        return PromptError(
+            f"{kind} {texts[0]!r} holds the phrase {phrase!r}", "leave it out: it would teach the concept anew"
+        )
+    named = ", ".join(map(repr, texts[:NAMED])) + (f" and {len(texts) - NAMED} more" if len(texts) > NAMED else "")
+    return PromptError(
+        f"{len(texts)} {kind}s hold the phrase {phrase!r}: {named}", "leave them out: they would teach the concept anew"
+    )
+
+
+@cache
+def _pattern(phrase: str) -> re.Pattern[str]:
+    """The phrase's words with any space between them, as a tokenizer has it; no part of a longer word."""
+    words = _composed(phrase).split()
+    before = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
+    behind = r"(?!\w)" if re.search(r"\w$", words[-1]) else ""
+    return re.compile(before + r"\s+".join(map(re.escape, words)) + behind, re.IGNORECASE)
 
 
 def _composed(text: str) -> str:

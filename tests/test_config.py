@@ -12,7 +12,7 @@ from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.judge import JudgeConfig
 from sfd_deploy.training.kinds import load_config
 from sfd_deploy.training.teacher import TeacherConfig
-from sfd_deploy.training.text.config import load_teacher_config
+from sfd_deploy.training.text_teacher.config import load_teacher_config
 
 STAGES: dict[str, Callable[[str], StageConfig]] = {
     "train": load_config,

@@ -28,6 +28,8 @@ from sfd_deploy.runtime.seam import Images, Runtime, to_uint8
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.stage import train
 
+pytestmark = pytest.mark.timeout(1500)  # the first test trains the demo's generator, on one core
+
 TROUSER, BAG = 1, 8
 # As the default policy, with fewer teacher images: the teacher is the slow one.
 POLICY = {"name": "test", "retained_samples": 100, "reference_samples": 60}

@@ -6,7 +6,7 @@ the paper's own values, for runs of 50,000 iterations, are named beside them and
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -90,6 +90,10 @@ class LoopConfig(StageConfig):
         if self.share_generated and self.accumulate > 1:
             raise ValueError("share_generated keeps the graphs of all parts, which accumulate is there to avoid")
         return self
+
+    def bound(self) -> dict[str, Any]:
+        """The values that a checkpoint and a finished run belong to."""
+        return self.resolved()
 
     def rows(self, conditions: Conditions) -> int:
         """Rows of one whole batch."""

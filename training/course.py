@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +69,7 @@ class Course:
         identity: what the checkpoint belongs to besides the config, such as the teacher's digest.
         watch: looks at the averaged generator; None for none.
         scalars: makes the TensorBoard writer for a first step; None for none.
+        bounded: whether images lie in [-1, 1]; latents do not.
 
     Raises:
         ConfigError, ManifestError: the checkpoint is of another config, or damaged.
@@ -79,6 +80,7 @@ class Course:
     identity: dict[str, Any] = field(default_factory=dict)
     watch: Onlooker | None = None
     scalars: Callable[[int], Scalars] | None = None
+    bounded: bool = True
     record: list[dict[str, float]] = field(default_factory=list)
     step: int = 0
 
@@ -91,7 +93,7 @@ class Course:
             networks["best"] = self.best
         self.checkpoint = Checkpoint(
             self.file, networks, {"generator_adam": loop.generator_adam, "fake_score_adam": loop.fake_score_adam},
-            {**loop.config.resolved(), "labels": loop.labels.resolved(), **self.identity}, loop.workers.is_main,
+            {**loop.config.bound(), "labels": loop.labels.resolved(), **self.identity}, loop.workers.is_main,
         )  # fmt: skip
         total = loop.config.iterations
         self.record_every = max(RECORD_EVERY, total // MOST_RECORDS)
@@ -166,12 +168,12 @@ class Course:
     def _figures(self, fake: Sequence[Pass], theta: Sequence[Pass]) -> dict[str, float]:
         """Figures of an iteration over all processes; the few that tell its course go into the record."""
         ours = {name: self._all(theta, name) for name in ("sigma", "x", "x_phi", "x_psi", "loss")}
-        labels, targets = (
+        labels, forgotten = (
             self.loop.workers.together(torch.cat([getattr(part.rows, name) for part in theta]))
-            for name in ("labels", "targets")
+            for name in ("labels", "forgotten")
         )
         size = ours["x"][0].numel()
-        energy, forgotten = gap_energy(ours["x_phi"], ours["x_psi"]), labels != targets
+        energy = gap_energy(ours["x_phi"], ours["x_psi"])
         course = {
             "fake_score_loss": self._all(fake, "loss").mean().item() / size,
             "generator_loss": ours["loss"].mean().item() / size,
@@ -181,15 +183,12 @@ class Course:
             course["gap_forget"] = energy[forgotten].mean().item()
         self.record.append({"step": self.step, **course})
         LOGGER.info("train %s", self.record[-1])
-        followed, forget = self._followed(labels, forgotten)
-        gaps = gap_figures(followed, forget, ours["sigma"], ours["x"], ours["x_phi"], ours["x_psi"])
-        return course | gaps | self.loop.gradient_figures
-
-    def _followed(self, labels: Tensor, forgotten: Tensor) -> tuple[Tensor, Collection[int]]:
         conditions = self.loop.labels
-        if len(conditions.retained) + len(conditions.forget) > MOST_FOLLOWED:
-            return forgotten.to(torch.int64), [1]
-        return labels, conditions.forget
+        gaps = gap_figures(
+            labels, forgotten, ours["sigma"], ours["x"], ours["x_phi"], ours["x_psi"],
+            by_label=len(conditions.retained) + len(conditions.forget) <= MOST_FOLLOWED, bounded=self.bounded,
+        )  # fmt: skip
+        return course | gaps | self.loop.gradient_figures
 
     def _all(self, passes: Sequence[Pass], name: str) -> Tensor:
         return self.loop.workers.together(torch.cat([getattr(part, name) for part in passes]))

@@ -13,7 +13,7 @@ Energies are per value (divided by C*H*W). Keys: ``gap/retained``, ``gap/forget-
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Column = NDArray[np.float64]  # (B,)
+Chosen = NDArray[np.bool_]  # (B,)
 
 # Powers of two: over the Karras grid from 0.137 to 13 each bucket holds 10 to 18 % of the draws.
 SIGMA_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -31,17 +32,20 @@ BUCKETS = tuple(
 
 
 def gap_figures(
-    labels: Tensor, forget: Collection[int], sigma: Tensor, x: Tensor, x_phi: Tensor, x_psi: Tensor
-) -> dict[str, float]:
-    """Figures of one batch by part: ``retained``, and ``forget-<label>`` for each of ``forget``.
+    labels: Tensor, forgotten: Tensor, sigma: Tensor, x: Tensor, x_phi: Tensor, x_psi: Tensor, *,
+    by_label: bool = True, bounded: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """Figures of one batch by part: ``retained``, and ``forget-<label>`` for each label that is forgotten.
 
     Args:
         labels: what generator and fake score were asked for, int64 (B,).
-        forget: the forget labels (``Labels.forget`` itself will do).
+        forgotten: which rows forget their label, bool (B,).
         sigma: noise level of each row (B,).
         x: generated images (B, C, H, W); so are ``x_phi`` and ``x_psi``. One copy to the host in all.
         x_phi: the teacher's clean-image prediction.
         x_psi: the fake score's.
+        by_label: False where labels are too many to tell apart: one part ``forget``, and no figures by label.
+        bounded: whether images lie in [-1, 1]; latents do not.
 
     Returns:
         ``gap`` E|delta|^2 by part, by part and sigma bucket, and by retained label; by part ``staleness``
@@ -52,11 +56,12 @@ def gap_figures(
     delta = x_phi - x_psi
     variance, alike = _variance_within(x, labels)
     columns = (
-        labels, sigma, delta.square().mean(1), (delta * (x_psi - x)).mean(1), (x.abs() > 1).to(x.dtype).mean(1),
-        variance, alike,
+        labels, forgotten, sigma, delta.square().mean(1), (delta * (x_psi - x)).mean(1),
+        (x.abs() > 1).to(x.dtype).mean(1), variance, alike,
     )  # fmt: skip
-    table = torch.stack([column.double() for column in columns]).cpu().numpy()
-    return _by_part(_Rows(*table), forget) | _by_label(_Rows(*table), forget)
+    rows = _Rows(*torch.stack([column.double() for column in columns]).cpu().numpy())
+    figures = _by_part(rows, _parts(rows, by_label), bounded)
+    return figures | _by_label(rows) if by_label else figures
 
 
 def gradient_figures(network: str, gradients: Iterable[Tensor], clip_value: float) -> dict[str, float]:
@@ -82,6 +87,7 @@ class _Rows:
     """One value per row of the batch, on the host."""
 
     label: Column
+    forgotten: Column  # 0 or 1
     sigma: Column
     energy: Column
     staleness: Column
@@ -90,9 +96,15 @@ class _Rows:
     alike: Column  # rows of the same label, itself included
 
 
-def _by_part(rows: _Rows, forget: Collection[int]) -> dict[str, float]:
-    retained = ~np.isin(rows.label, list(forget))
-    parts = {"retained": retained} | {f"forget-{label}": rows.label == label for label in forget}
+def _parts(rows: _Rows, by_label: bool) -> dict[str, Chosen]:
+    forgotten = rows.forgotten > 0
+    if not by_label:
+        return {"retained": ~forgotten, "forget": forgotten}
+    labels = sorted(set(rows.label[forgotten].astype(int).tolist()))
+    return {"retained": ~forgotten} | {f"forget-{label}": forgotten & (rows.label == label) for label in labels}
+
+
+def _by_part(rows: _Rows, parts: Mapping[str, Chosen], bounded: bool) -> dict[str, float]:
     bucket = np.searchsorted(SIGMA_EDGES, rows.sigma)
     figures: dict[str, float] = {}
     for part, chosen in parts.items():
@@ -101,8 +113,9 @@ def _by_part(rows: _Rows, forget: Collection[int]) -> dict[str, float]:
         figures |= {
             f"gap/{part}": float(rows.energy[chosen].mean()),
             f"staleness/{part}": float(rows.staleness[chosen].mean()),
-            f"outside/{part}": float(rows.outside[chosen].mean()),
         }
+        if bounded:
+            figures[f"outside/{part}"] = float(rows.outside[chosen].mean())
         for index in sorted(set(bucket[chosen].tolist())):
             figures[f"gap/{part}/{BUCKETS[index]}"] = float(rows.energy[chosen & (bucket == index)].mean())
         if (several := chosen & (rows.alike > 1)).any():
@@ -110,8 +123,8 @@ def _by_part(rows: _Rows, forget: Collection[int]) -> dict[str, float]:
     return figures
 
 
-def _by_label(rows: _Rows, forget: Collection[int]) -> dict[str, float]:
-    retained = sorted(set(rows.label.astype(int).tolist()) - set(forget))
+def _by_label(rows: _Rows) -> dict[str, float]:
+    retained = sorted(set(rows.label[rows.forgotten == 0].astype(int).tolist()))
     return {f"gap/label-{label}": float(rows.energy[rows.label == label].mean()) for label in retained}
 
 

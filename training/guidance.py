@@ -29,8 +29,8 @@ class Guidance:
         teacher: kappa_4, phi.
         dropout: share of rows that are asked without a prompt in psi's step.
         unconditional: the empty prompt's number.
-        away: per condition that the teacher is asked on a forget row, what is guided away from there: the empty
-            prompt's number or a negative prompt's. Empty: always the empty prompt's.
+        away: per condition of a row, what is guided away from there: a negative prompt's number where it is
+            forgotten by one, else the empty prompt's. Empty: always the empty prompt's.
         fake_score_away: psi too is guided away from the negative prompt on forget rows.
     """
 
@@ -45,7 +45,7 @@ class Guidance:
     def drop(self, rows: Rows, draws: torch.Generator) -> Rows:
         """``rows`` with a share asked without a prompt, before the generator draws: psi("") learns G("").
 
-        They count as retained rows: their label and their target are the empty prompt.
+        Their label and their target are the empty prompt; a dropped forget row keeps its weight, lambda / n_f.
         """
         if self.dropout == 0:
             return rows
@@ -64,11 +64,10 @@ class Guidance:
         return lambda noisy, sigma, asked: guided(predict, noisy, sigma, asked, self._away(rows), self.teacher)
 
     def _away(self, rows: Rows) -> Tensor:
-        plain = torch.full_like(rows.targets, self.unconditional)
         if not self.away:
-            return plain
-        forgotten = rows.labels != rows.targets  # a retained row may ask the same prompt, and has no negative one
-        return torch.where(forgotten, torch.tensor(self.away, device=plain.device)[rows.targets], plain)
+            return torch.full_like(rows.labels, self.unconditional)
+        # By what the row forgets, not by what the teacher is asked: two forget prompts may share an override.
+        return torch.tensor(self.away, device=rows.labels.device)[rows.labels]
 
 
 UNGUIDED = Guidance()

@@ -24,6 +24,7 @@ from sfd_deploy.training.config import LoopConfig, TrainConfig
 from sfd_deploy.training.loop import Start
 
 FAKE_SCORE: Final = "fake-score"
+OTHER_FOLDER: Final = "choose another --output folder"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ class Origin:
         """What a checkpoint belongs to."""
         psi = None if self.earlier is None else self.earlier.fake_score
         return {"inputs": [parent.digest for parent in self.parents] + ([] if psi is None else [psi.digest])}
+
+    def require_made(self, generator: Sealed) -> None:
+        """Refuse a finished generator that was made from something else.
+
+        Raises:
+            RunError: naming the kind of what differs.
+        """
+        made_from = {parent.digest for parent in generator.manifest.parents}
+        for parent in self.parents:
+            if parent.digest not in made_from:
+                kind = "run" if parent.kind == "generator" else parent.kind
+                raise RunError(f"{generator.folder.parent}: was trained from another {kind}", OTHER_FOLDER)
 
 
 @dataclass(frozen=True, kw_only=True)

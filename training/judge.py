@@ -21,7 +21,7 @@ from sfd_deploy.training.checkpoint import Checkpoint
 from sfd_deploy.training.data import LabelledImages, load_images
 from sfd_deploy.training.steps import run_steps, say_estimate
 from sfd_deploy.training.streams import stream
-from sfd_deploy.training.text.coloured import load_coloured
+from sfd_deploy.training.text_teacher.coloured import load_coloured
 
 CHECKPOINT_EVERY = 500
 

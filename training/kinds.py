@@ -8,10 +8,11 @@ from typing import Any
 
 from sfd_deploy.config import read_values
 from sfd_deploy.errors import ConfigError, RunError
+from sfd_deploy.prompts import TEXT_TO_IMAGE
 from sfd_deploy.runs import Run
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.stage import CONFIG, train
-from sfd_deploy.training.text_config import KIND, TextTrainConfig
+from sfd_deploy.training.text_config import TextTrainConfig
 from sfd_deploy.training.text_stage import train_text
 
 AnyConfig = TrainConfig | TextTrainConfig
@@ -33,21 +34,24 @@ def config_of(values: Any, source: str) -> AnyConfig:
         ConfigError: an unknown kind, or what the kind's config refuses.
     """
     kind = values.get("kind") if isinstance(values, dict) else None
-    if kind not in {None, KIND}:
-        raise ConfigError(f"{source}: unknown kind {kind!r}", f"write `kind: {KIND}`, or leave it out for class labels")
+    if kind not in {None, TEXT_TO_IMAGE}:
+        raise ConfigError(
+            f"{source}: unknown kind {kind!r}", f"write `kind: {TEXT_TO_IMAGE}`, or leave it out for class labels"
+        )
     return (TrainConfig if kind is None else TextTrainConfig).from_mapping(values, source)
 
 
 def changed(
-    config: AnyConfig, *, init_from: str | None = None, concept: str | None = None, substitute: str | None = None
-) -> AnyConfig:
+    config: AnyConfig, *, teacher: str | None = None, init_from: str | None = None, concept: str | None = None,
+    substitute: str | None = None,
+) -> AnyConfig:  # fmt: skip
     """``config`` with what a command line says besides; None changes nothing.
 
     Raises:
         ConfigError: a concept for a config that forgets nothing by name.
     """
-    if init_from is not None:
-        config = config.model_copy(update={"init_from": init_from})
+    given = {"teacher": teacher, "init_from": init_from}
+    config = config.model_copy(update={key: value for key, value in given.items() if value is not None})
     if concept is None and substitute is None:
         return config
     if not isinstance(config, TextTrainConfig):

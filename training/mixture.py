@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sfd_deploy.training.guidance import Predict
 from sfd_deploy.training.rows import MIXED
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # noisy, sigma, labels → clean-image prediction
 Classify = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [-1, 1] → logits (B, labels)
 
 

@@ -42,6 +42,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def forgotten(self) -> Tensor:
+        """Which rows ask for what is forgotten, bool (B,)."""
+        return self.labels != self.targets
+
     def __getitem__(self, part: slice) -> Self:
         return type(self)(*(getattr(self, field.name)[part] for field in fields(self)))
 

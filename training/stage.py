@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sfd_deploy.errors import ConfigError, RunError
+from sfd_deploy.errors import ConfigError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import MANIFEST, Sealed, verify
 from sfd_deploy.models.denoiser import Denoiser
@@ -29,6 +29,7 @@ from sfd_deploy.training.monitor import Watch
 from sfd_deploy.training.tensorboard import Scalars
 
 CONFIG = "config.json"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def train(config: TrainConfig, folder: Path, device: str = "auto") -> Run:
@@ -47,7 +48,7 @@ def train(config: TrainConfig, folder: Path, device: str = "auto") -> Run:
     inputs = open_inputs(config)
     run = Run(folder)
     return carry_out(
-        run, config, inputs.teacher, device,
+        run, config, inputs, device,
         prepare=lambda workers: _course(config, inputs, run, workers),
         seal=lambda outcome: _seal(run, config, inputs, outcome),
     )  # fmt: skip
@@ -63,16 +64,16 @@ class Outcome:
 
 
 def carry_out(
-    run: Run, config: LoopConfig, teacher: Sealed, device: str, *, prepare: Callable[[Workers], Course],
+    run: Run, config: LoopConfig, inputs: Origin, device: str, *, prepare: Callable[[Workers], Course],
     seal: Callable[[Outcome], None],
 ) -> Run:  # fmt: skip
     """Train to the end in every process and seal in the first; a finished run is returned as it is.
 
     Raises:
-        ConfigError, RunError: the folder holds a run of another config or teacher.
+        ConfigError, RunError: the folder holds a run of another config or of other inputs.
     """
     if (run.folder / "generator" / MANIFEST).is_file():
-        return _finished(run, config, teacher)
+        return _finished(run, config, inputs)
     workers = Workers.here(torch_device(device))
     with log_to(run.work / "train.log") if workers.is_main else nullcontext():
         course = prepare(workers)
@@ -93,7 +94,7 @@ def _course(config: TrainConfig, inputs: Inputs, run: Run, workers: Workers) -> 
     classify = None if judge is None else judge.classifier.to(workers.device)
     loop = SfdLoop(config, inputs.labels, teacher, load_start(inputs, config, teacher), classify, workers)
     return Course(
-        loop, run.work / "checkpoint.safetensors", identity=inputs.digests,
+        loop, run.work / CHECKPOINT, identity=inputs.digests,
         watch=Watch(config.monitor, inputs.labels, run.work / "previews", loop.teacher),
         scalars=scalars_of(run, workers, config.monitor.tensorboard),
     )  # fmt: skip
@@ -157,13 +158,12 @@ def _teacher_reference(asked: str, teacher: Sealed) -> str:
     return str(path.resolve()) if path.is_dir() else str(teacher.facts.get("reference", asked))
 
 
-def _finished(run: Run, config: LoopConfig, teacher: Sealed) -> Run:
+def _finished(run: Run, config: LoopConfig, inputs: Origin) -> Run:
     sealed = verify(run.folder / "generator", "generator")
     # Read anew, so that a key which this version adds does not make an older run another config.
-    if type(config).from_mapping(sealed.manifest.config, str(sealed.folder)).resolved() != config.resolved():
+    if type(config).from_mapping(sealed.manifest.config, str(sealed.folder)).bound() != config.bound():
         raise ConfigError(f"{run.folder}: holds a finished run of another config", "choose another --output folder")
-    if teacher.digest not in {parent.digest for parent in sealed.manifest.parents}:
-        raise RunError(f"{run.folder}: was trained from another teacher", "choose another --output folder")
+    inputs.require_made(sealed)
     return run
 
 

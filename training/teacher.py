@@ -15,7 +15,7 @@ from sfd_deploy.errors import ConfigError, DataError
 from sfd_deploy.labels import Labels
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import Sealed, verify
-from sfd_deploy.measure.judges import Judge, require_same_classes
+from sfd_deploy.measure.judges import Judge, require_distinct_names, require_same_classes
 from sfd_deploy.models.denoiser import EdmDenoiser, edm_weight
 from sfd_deploy.models.generator import image_shape, load_teacher, save_teacher
 from sfd_deploy.models.network import NetworkConfig
@@ -139,9 +139,10 @@ def seal_teacher(
     """Measure a trained teacher with ``judges``, if any, and seal it as a folder that ``train`` opens.
 
     Raises:
-        LabelError: a judge knows other classes.
+        LabelError: a judge knows other classes, or two share a name.
     """
     labels = Labels(class_names=data.class_names)
+    require_distinct_names(judges)
     require_same_classes(judges, data.class_names, "the teacher")
     facts = {
         "labels": labels.resolved(),

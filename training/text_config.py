@@ -4,7 +4,7 @@ a small teacher; the values of the official code, for Stable Diffusion 1.5, are 
 
 from __future__ import annotations
 
-from typing import Final, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ from sfd_deploy.training.config import LoopConfig
 from sfd_deploy.training.guidance import Guidance
 from sfd_deploy.training.text_previews import PreviewConfig
 
-KIND: Final = "text-to-image"
+UNGUIDED_TEACHER = "guidance.teacher 1: an unguided teacher has no negative prompt"
 LIST = "a text file with one prompt a line, or a shipped list's name"
 
 
@@ -102,10 +102,21 @@ class TextTrainConfig(LoopConfig):
         if self.forget_phrase is not None and self.forget_attribute is not None:
             raise ValueError("forget_phrase and forget_attribute are both set; forget one, then the other (init_from)")
         if self.forget_attribute is not None and self.guidance.teacher == 1:
-            raise ValueError("forget_attribute with guidance.teacher 1: an unguided teacher has no negative prompt")
+            raise ValueError(f"forget_attribute with {UNGUIDED_TEACHER}")
         if self.share_generated and self.guidance.guides_fake_score:
             raise ValueError("share_generated fits psi on images of theta's step, where no prompt is left empty")
         return self
+
+    def bound(self) -> dict[str, Any]:
+        """All but what is only shown."""
+        return {key: value for key, value in self.resolved().items() if key != "previews"}
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """Every prompt list that is read, by name or file."""
+        by_phrase, attribute = self.forget_phrase, self.forget_attribute
+        named = () if by_phrase is None else (by_phrase.prompts,)
+        return (self.retained, *named, *(() if attribute is None else (attribute.keywords, attribute.subjects)))
 
     def naming(self, phrase: str | None, substitute: str | None) -> TextTrainConfig:
         """The same config with the concept that a command line named.
@@ -117,6 +128,9 @@ class TextTrainConfig(LoopConfig):
             return self
         if self.forget_phrase is None:
             raise ConfigError("this config forgets nothing by name (forget_phrase)", "leave the concept out")
+        for option, words in (("--concept", phrase), ("--substitute", substitute)):
+            if words is not None and not words.strip():
+                raise ConfigError(f"{option} is empty", "give the words")
         values = self.resolved()
         given = {"phrase": phrase, "substitute": substitute}
         values["forget_phrase"] |= {key: value for key, value in given.items() if value is not None}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final
 
@@ -16,8 +18,9 @@ from sfd_deploy.models.denoiser import Denoiser, DiscreteDenoiser
 from sfd_deploy.models.folder import read_weights
 from sfd_deploy.models.text.folder import SAVE_AGAIN, open_text_teacher
 from sfd_deploy.models.text.network import PromptedUNet
-from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts, read_prompts
+from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts, prompts_in, read_prompts, require_without
 from sfd_deploy.training.inputs import (
+    OTHER_FOLDER,
     Origin,
     open_run_of,
     require_pinned,
@@ -25,9 +28,9 @@ from sfd_deploy.training.inputs import (
     require_same_network,
 )
 from sfd_deploy.training.loop import Start
-from sfd_deploy.training.text_config import TextTrainConfig
+from sfd_deploy.training.stage import CONFIG
+from sfd_deploy.training.text_config import UNGUIDED_TEACHER, TextTrainConfig
 
-PROMPTS_FILE: Final = "prompts.json"  # in a text-to-image generator's folder: the prompts that it was trained with
 CONCEPT: Final = "{concept}"  # in a shipped list, where the phrase goes
 
 
@@ -37,25 +40,47 @@ class TextInputs(Origin):
 
     prompts: Prompts
 
+    def require_made(self, generator: Sealed) -> None:
+        """Of other prompts too."""
+        super().require_made(generator)
+        if prompts_in(generator.folder) != self.prompts:
+            raise RunError(f"{generator.folder.parent}: was trained on other prompts", OTHER_FOLDER)
 
-def open_text_inputs(config: TextTrainConfig) -> TextInputs:
-    """Open and verify what ``config`` names.
+
+def open_text_inputs(config: TextTrainConfig, work: Path) -> TextInputs:
+    """Open and verify what ``config`` names, in the run whose work folder is ``work``.
 
     Raises:
-        ConfigError: no phrase to forget, or another teacher than the pinned one.
+        ConfigError: no phrase to forget, another teacher than the pinned one, or one without guidance where the
+            earlier run forgot by negative prompt.
         PromptError: a prompt list, or a prompt in it, that cannot be used.
         ModelError: the teacher is no Stable-Diffusion-shaped pipeline.
         RunError: the earlier run is of another teacher, or none.
         ManifestError, DigestError: a folder is not what its manifest says.
     """
-    prompts = prompts_of(config)
+    recorded = _recorded(config, work)
+    prompts = recorded or prompts_of(config)
     teacher = open_text_teacher(config.teacher)
     require_pinned(config, teacher)
     if config.init_from is None:
         return TextInputs(teacher=teacher, prompts=prompts)
     earlier = open_run_of(teacher, config.init_from)
-    prompts = still_forgetting(prompts, prompts_in(earlier.generator))
+    prompts = recorded or still_forgetting(prompts, prompts_in(earlier.generator.folder))
+    if prompts.negatives and config.guidance.teacher == 1:
+        raise ConfigError(f"{config.init_from} forgot an attribute, and {UNGUIDED_TEACHER}", "guide the teacher")
     return TextInputs(teacher=teacher, earlier=earlier, prompts=prompts)
+
+
+def _recorded(config: TextTrainConfig, work: Path) -> Prompts | None:
+    """The prompts that this very training was started with, where a file that named them is gone."""
+    if all(name in _shipped() or Path(name).exists() for name in config.lists):
+        return None
+    try:
+        values = json.loads((work / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    started = TextTrainConfig.from_mapping(values, str(work / CONFIG))
+    return prompts_in(work) if started.bound() == config.bound() else None
 
 
 def prompts_of(config: TextTrainConfig) -> Prompts:
@@ -86,7 +111,7 @@ def prompt_list(name_or_file: str) -> tuple[str, ...]:
     Raises:
         PromptError: no such list or file, or one that cannot be used.
     """
-    shipped = {item.name.removesuffix(".txt"): item for item in (resources.files(PRESETS) / "prompts").iterdir()}
+    shipped = _shipped()
     if name_or_file in shipped:
         with resources.as_file(shipped[name_or_file]) as file:
             return read_prompts(file)
@@ -98,11 +123,16 @@ def prompt_list(name_or_file: str) -> tuple[str, ...]:
     return read_prompts(Path(name_or_file))
 
 
+def _shipped() -> dict[str, Traversable]:
+    return {item.name.removesuffix(".txt"): item for item in (resources.files(PRESETS) / "prompts").iterdir()}
+
+
 def still_forgetting(prompts: Prompts, earlier: Prompts) -> Prompts:
     """``prompts``, and what ``earlier`` forgot beside it: in no part, it would come back; retained, be taught again.
 
     Raises:
-        PromptError: a prompt was forgotten earlier with another override.
+        PromptError: a prompt was forgotten earlier with another override, or a retained or override prompt holds
+            a phrase that either forgets.
         ConfigError: a prompt forgotten by one is retained or an override in the other.
     """
     texts = tuple(dict.fromkeys((*prompts.texts, *_texts_forgotten(earlier))))
@@ -117,8 +147,11 @@ def still_forgetting(prompts: Prompts, earlier: Prompts) -> Prompts:
                 f"prompt {texts[prompt]!r} was forgotten by the earlier run, {texts[override]!r} in its place",
                 "leave it out: it stays forgotten, and another override would teach it anew",
             )
+    forget, phrases = prompts.forget | forgotten, tuple(dict.fromkeys((*prompts.phrases, *earlier.phrases)))
+    for kind, asked in (("retained prompt", prompts.retained), ("override prompt", dict.fromkeys(forget.values()))):
+        require_without(kind, [texts[prompt] for prompt in asked], phrases)
     values = prompts.model_dump() | {
-        "texts": texts, "forget": prompts.forget | forgotten, "negatives": prompts.negatives | negatives
+        "texts": texts, "forget": forget, "negatives": negatives | prompts.negatives, "phrases": phrases
     }  # fmt: skip
     return Prompts.from_mapping(values, "these prompts and the earlier run's")
 
@@ -126,19 +159,6 @@ def still_forgetting(prompts: Prompts, earlier: Prompts) -> Prompts:
 def _texts_forgotten(prompts: Prompts) -> Iterable[str]:
     asked = (*prompts.forget, *prompts.forget.values(), *prompts.negatives.values())
     return (prompts.texts[prompt] for prompt in asked)
-
-
-def prompts_in(generator: Sealed) -> Prompts:
-    """The prompts that a text-to-image generator was trained with.
-
-    Raises:
-        RunError: it is not one.
-    """
-    try:
-        values = json.loads((generator.folder / PROMPTS_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{generator.folder}: was not trained on prompts", "start from a text-to-image run") from None
-    return Prompts.from_mapping(values, str(generator.folder / PROMPTS_FILE))
 
 
 def load_text_start(inputs: TextInputs, config: TextTrainConfig, teacher: Denoiser) -> Start:
@@ -162,6 +182,8 @@ def _like(teacher: Denoiser, folder: Path) -> Denoiser:
     if not isinstance(teacher, DiscreteDenoiser):
         raise TypeError(f"{type(teacher).__name__} has no schedule to share")
     unet = read_weights(UNet2DConditionModel, folder / "unet", SAVE_AGAIN)
-    denoiser = DiscreteDenoiser(PromptedUNet(unet, teacher.unet.table), teacher.schedule)
-    require_same_network(denoiser, teacher, folder)
+    require_same_network(DiscreteDenoiser(PromptedUNet(unet, teacher.unet.table), teacher.schedule), teacher, folder)
+    # A copy, so that what was set on the teacher (checkpointed gradients, the layout in memory) holds here too.
+    denoiser = copy.deepcopy(teacher)
+    denoiser.unet.unet.load_state_dict(unet.state_dict())
     return denoiser

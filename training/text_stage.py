@@ -8,21 +8,31 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.text.folder import TextParts, load_parts
 from sfd_deploy.models.text.generator import save_text_generator, save_text_teacher
 from sfd_deploy.models.text.network import load_text_denoiser
-from sfd_deploy.prompts import Prompts
+from sfd_deploy.prompts import PROMPTS_FILE, TEXT_TO_IMAGE, Prompts
 from sfd_deploy.runs import Run, write_json
 from sfd_deploy.training.course import Course
 from sfd_deploy.training.distributed import Workers
 from sfd_deploy.training.loop import SfdLoop
-from sfd_deploy.training.stage import Outcome, carry_out, scalars_of, sealing_fake_score, sealing_generator
-from sfd_deploy.training.text_config import KIND, TextTrainConfig
-from sfd_deploy.training.text_inputs import PROMPTS_FILE, TextInputs, load_text_start, open_text_inputs
+from sfd_deploy.training.stage import (
+    CHECKPOINT,
+    Outcome,
+    carry_out,
+    scalars_of,
+    sealing_fake_score,
+    sealing_generator,
+)
+from sfd_deploy.training.text_config import TextTrainConfig
+from sfd_deploy.training.text_inputs import TextInputs, load_text_start, open_text_inputs
 from sfd_deploy.training.text_previews import TextPreviews
 
+CPU = torch.device("cpu")
 CARD_PROMPTS = 10  # forget prompts that the model card shows; all are in prompts.json
 
 
@@ -32,11 +42,11 @@ def train_text(config: TextTrainConfig, folder: Path, device: str = "auto") -> R
     Raises:
         As ``open_text_inputs`` and ``stage.train``; PromptError where a prompt is longer than the text encoder reads.
     """
-    inputs = open_text_inputs(config)
     run = Run(folder)
+    inputs = open_text_inputs(config, run.work)
     parts = cache(lambda: load_parts(inputs.teacher))  # not before it is known that there is something to train
     return carry_out(
-        run, config, inputs.teacher, device,
+        run, config, inputs, device,
         prepare=lambda workers: _course(config, inputs, parts(), run, workers),
         seal=lambda outcome: _seal(run, config, inputs, parts(), outcome),
     )  # fmt: skip
@@ -44,26 +54,31 @@ def train_text(config: TextTrainConfig, folder: Path, device: str = "auto") -> R
 
 def _course(config: TextTrainConfig, inputs: TextInputs, parts: TextParts, run: Run, workers: Workers) -> Course:
     # Moved before it is copied: a table of encoded prompts on the device is shared by all networks.
-    teacher = text_teacher(config, inputs.prompts, parts).to(workers.device)
+    teacher = text_teacher(config, inputs.prompts, parts, workers.device).to(workers.device)
     loop = SfdLoop(
         config, inputs.prompts, teacher, load_text_start(inputs, config, teacher), workers=workers,
         guidance=config.guidance.bind(inputs.prompts),
     )  # fmt: skip
-    return Course(
-        loop, run.work / "checkpoint.safetensors", identity=inputs.digests,
+    course = Course(
+        loop, run.work / CHECKPOINT, identity=inputs.digests,
         watch=TextPreviews(config.previews, inputs.prompts, parts.vae, run.work / "previews"),
-        scalars=scalars_of(run, workers, True),
+        scalars=scalars_of(run, workers, True), bounded=False,
     )  # fmt: skip
+    if workers.is_main:  # as with the config: not before it is known to be this checkpoint's
+        write_json(run.work / PROMPTS_FILE, inputs.prompts.resolved())
+    return course
 
 
-def text_teacher(config: TextTrainConfig, prompts: Prompts, parts: TextParts) -> Denoiser:
-    """The teacher over ``prompts``, every one encoded once; copies of it share what is set here.
+def text_teacher(config: TextTrainConfig, prompts: Prompts, parts: TextParts, device: torch.device = CPU) -> Denoiser:
+    """The teacher over ``prompts``, every one encoded once on ``device``; copies of it share what is set here.
 
     Raises:
         ModelError: it does not predict what its scheduler says, or what is not finite.
         PromptError: a prompt is longer than the text encoder reads.
     """
+    parts.text_encoder.to(device)
     teacher = load_text_denoiser(parts, prompts.texts)
+    parts.text_encoder.to(CPU)  # its part is done, and memory is the training's
     if config.gradient_checkpointing:
         # The frozen teacher too: gradients pass through it, so its activations would be kept as well.
         teacher.unet.unet.enable_gradient_checkpointing()
@@ -72,7 +87,7 @@ def text_teacher(config: TextTrainConfig, prompts: Prompts, parts: TextParts) ->
 
 def _seal(run: Run, config: TextTrainConfig, inputs: TextInputs, parts: TextParts, outcome: Outcome) -> None:
     """The fake score first: a run is finished when its generator is there."""
-    facts = {"kind": KIND, "prompts": inputs.prompts.count}
+    facts = {"kind": TEXT_TO_IMAGE, "prompts": inputs.prompts.count}
     with sealing_fake_score(run, config, inputs, outcome, facts) as target:
         save_text_teacher(outcome.fake_score, parts, target)
     with sealing_generator(run, config, inputs, outcome, facts) as target:

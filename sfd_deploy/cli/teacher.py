@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sfd_deploy.manifest import Sealed
     from sfd_deploy.measure.judges import Judge
     from sfd_deploy.training.teacher import TeacherConfig
-    from sfd_deploy.training.text.config import TextTeacherConfig
+    from sfd_deploy.training.text_teacher.config import TextTeacherConfig
 
 
 @click.command(epilog="Example: sfd-deploy teacher --config fashion-mnist --data DATA --output teachers/fashion")
@@ -37,14 +37,15 @@ def teacher(
 
     OUTPUT.work holds checkpoints, the log, preview grids and TensorBoard files. Ctrl-C saves.
     """
-    from sfd_deploy.measure.judges import open_judge
+    from sfd_deploy.measure.judges import open_judge, require_distinct_names
     from sfd_deploy.progress import log_to
     from sfd_deploy.runtime.pytorch import torch_device
-    from sfd_deploy.training.text.config import TextTeacherConfig, load_teacher_config
+    from sfd_deploy.training.text_teacher.config import TextTeacherConfig, load_teacher_config
 
     use_threads(threads)
     parsed = load_teacher_config(config)
     opened = [open_judge(folder) for folder in judges]
+    require_distinct_names(opened)  # not after half an hour
     work = output.with_name(f"{output.name}.work")
     with log_to(work / "train.log"):
         if isinstance(parsed, TextTeacherConfig):
@@ -70,8 +71,8 @@ def _of_classes(
 def _of_text(
     config: TextTeacherConfig, data: Path, output: Path, work: Path, judges: Sequence[Judge], device: str
 ) -> tuple[Sealed, dict[str, float]]:
-    from sfd_deploy.training.text.coloured import load_wardrobe
-    from sfd_deploy.training.text.stage import require_known_classes, seal_text_teacher, train_text_teacher
+    from sfd_deploy.training.text_teacher.coloured import load_wardrobe
+    from sfd_deploy.training.text_teacher.stage import require_known_classes, seal_text_teacher, train_text_teacher
 
     require_known_classes(judges)  # not after half an hour
     teacher = train_text_teacher(config, load_wardrobe(data), work, device)

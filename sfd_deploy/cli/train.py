@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @click.command(epilog="Example: sfd-deploy train --config fashion-mnist")
 @click.option("--config", metavar="FILE|NAME", help="A training config, or a preset's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder  [default: runs/<config's name>]")
+@click.option("--teacher", metavar="FOLDER|ID", help="Another teacher than the config's.")
 @click.option("--init-from", metavar="RUN", help="Start from this run: a second stage, or a further label to forget.")
 @click.option("--concept", metavar="WORDS", help="Text to image: the name of what is forgotten.")
 @click.option("--substitute", metavar="WORDS", help="Text to image: what is drawn in its place.")
@@ -26,27 +27,36 @@ if TYPE_CHECKING:
 @threads_option
 @json_option
 def train(
-    config: str | None, output: Path | None, init_from: str | None, concept: str | None, substitute: str | None,
-    resumed: Path | None, device: str, threads: int | None, as_json: bool,
+    config: str | None, output: Path | None, teacher: str | None, init_from: str | None, concept: str | None,
+    substitute: str | None, resumed: Path | None, device: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Run score forgetting distillation; resumes when run again, and needs no data."""
     if (config is None) == (resumed is None):
         raise click.UsageError("give either --config or --resume")
-    if resumed is not None and (output or init_from or concept or substitute):
+    changes = {"teacher": teacher, "init_from": init_from, "concept": concept, "substitute": substitute}
+    if resumed is not None and (output or any(changes.values())):
         raise click.UsageError("--resume takes everything from the run: leave the other options out")
     from sfd_deploy.runs import RUNS
 
     use_threads(threads)
     folder = resumed or output or RUNS / Path(str(config)).stem
     try:
-        run = _train(config, folder, {"init_from": init_from, "concept": concept, "substitute": substitute}, device)
+        run = _train(config, folder, changes, device)
     except KeyboardInterrupt:
-        click.echo(f"stopped and saved; go on with: sfd-deploy train --resume {folder}", err=True)
+        click.echo(_stopped(folder), err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     sealed = run.generator()
     value = {"run": str(run.folder), "generator": sealed.digest}
     value |= {key: sealed.facts[key] for key in ("labels", "prompts") if key in sealed.facts}
     show(value, as_json, lambda console: console.print(f"{run.folder}  generator {sealed.digest[:12]}"))
+
+
+def _stopped(folder: Path) -> str:
+    from sfd_deploy.training.stage import CHECKPOINT
+
+    if (folder / "work" / CHECKPOINT).is_file():
+        return f"stopped and saved; go on with: sfd-deploy train --resume {folder}"
+    return "stopped before anything was saved; start again with the same command"
 
 
 def _train(config: str | None, folder: Path, changes: dict[str, str | None], device: str) -> Run:

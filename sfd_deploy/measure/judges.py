@@ -173,6 +173,17 @@ def require_same_classes(judges: Sequence[Judge], class_names: Sequence[str], ow
             )
 
 
+def require_distinct_names(judges: Sequence[Judge]) -> None:
+    """Refuse judges that share a name, which is what their figures go by.
+
+    Raises:
+        LabelError: naming it.
+    """
+    names = [judge.name for judge in judges]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise LabelError(f"two judges are named {repeated}", "rename one's folder, or give it once")
+
+
 def either_matrix(judges: Sequence[Judge]) -> NDArray[np.float64]:
     """Share (K, K) of real held-out images of class i that at least one judge calls class j."""
     truth = judges[0].held_out[0]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sfd_deploy.manifest import verify
 from sfd_deploy.training.data import LabelledImages
-from sfd_deploy.training.text.captions import COLOURS, OBJECTS
+from sfd_deploy.training.text_teacher.captions import COLOURS, OBJECTS
 from tests.cli.test_teacher_and_judge import command, press_ctrl_c, refused, step_saved_in
 from tests.training.text_toy import VALUES, toy_objects
 
@@ -109,6 +109,15 @@ def test_a_judge_of_other_classes_is_refused_before_anything_is_trained(data, tm
     toy = config(tmp_path, VALUES)
     assert command("teacher", toy, data, tmp_path / "teacher", "--judge", str(tmp_path / "digits")) == 2
     assert refused(capsys, "judge digits knows neither the captions' objects nor their colours")
+    assert not (tmp_path / "teacher.work" / "vae").exists()
+
+
+def test_two_judges_of_one_name_are_refused_before_anything_is_trained(data, tmp_path, capsys):
+    for place in ("a", "b"):
+        assert command("judge", config(tmp_path, JUDGE, epochs=1), data, tmp_path / place / "colour") == 0
+    both = [word for place in ("a", "b") for word in ("--judge", str(tmp_path / place / "colour"))]
+    assert command("teacher", config(tmp_path, VALUES), data, tmp_path / "teacher", *both) == 2
+    assert refused(capsys, "two judges are named colour")
     assert not (tmp_path / "teacher.work" / "vae").exists()
 
 

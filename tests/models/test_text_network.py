@@ -162,3 +162,9 @@ def test_the_table_is_asked_in_the_order_of_its_texts():
     table = torch.arange(24.0).reshape(4, 3, 2)
     PromptedUNet(Spy(), table)(torch.zeros(2, 4, 8, 8), torch.ones(2), torch.tensor([2, 0]))
     assert torch.equal(seen[0], table[[2, 0]])
+
+
+def test_encoding_says_how_many_prompts_and_where(caplog):
+    with caplog.at_level("INFO", "sfd_deploy"):
+        encode(text_parts(), ["a bag", "a coat", "a bag"])
+    assert "encoding 2 prompts on cpu" in caplog.text

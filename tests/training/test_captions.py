@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sfd_deploy.prompts import negative_prompts, phrase_prompts
-from sfd_deploy.training.text.captions import (
+from sfd_deploy.training.text_teacher.captions import (
     COLOURS,
     HELD_OUT,
     OBJECTS,

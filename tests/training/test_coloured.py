@@ -8,8 +8,8 @@ import torch
 
 from sfd_deploy.errors import DataError
 from sfd_deploy.training.data import LabelledImages, load_images
-from sfd_deploy.training.text.captions import BACKGROUNDS, COLOURS, OBJECTS
-from sfd_deploy.training.text.coloured import Wardrobe, load_coloured, padded, paint
+from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS
+from sfd_deploy.training.text_teacher.coloured import Wardrobe, load_coloured, padded, paint
 from tests.training.text_toy import toy_wardrobe
 
 

@@ -14,6 +14,7 @@ from sfd_deploy.models.generator import OneStepGenerator
 from sfd_deploy.training.course import Course
 from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
 from tests.training.test_loop import tiny_loop, weights
+from tests.training.text_loop import text_loop
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -42,6 +43,38 @@ def test_a_resumed_training_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, c
     assert resumed.step == 2
     assert same_weights(unbroken, resumed.run())
     assert resumed.record[-1]["step"] == 4
+
+
+class Written(dict[str, float]):
+    """Stands for TensorBoard: the figures that were written."""
+
+    def __enter__(self) -> Written:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, _step: int, figures: dict[str, float]) -> None:
+        self.update(figures)
+
+
+@pytest.mark.parametrize("most", [2, 100])
+def test_with_many_prompts_figures_are_by_part_and_else_by_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+):
+    monkeypatch.setattr("sfd_deploy.training.course.MOST_FOLLOWED", most)
+    written, loop = Written(), text_loop(iterations=1, retained_rows=12, forget_rows=3)
+    Course(loop, tmp_path / "a.safetensors", scalars=lambda _: written, bounded=False).run()  # type: ignore[arg-type, return-value]
+    (theta,) = text_loop(iterations=1, retained_rows=12, forget_rows=3).iterate(0)[1]
+    within = [theta.x[theta.rows.labels == prompt].var(0).mean().item() for prompt in (1, 2)]
+    counts = [(theta.rows.labels == prompt).sum().item() for prompt in (1, 2)]
+    forgotten = "forget" if most == 2 else "forget-3"
+    parts = {name.split("/")[1] for name in written if name.startswith(("gap/", "spread/"))} - {"retained"}
+    assert parts - {"label-1", "label-2"} == {forgotten}
+    assert ("gap/label-1" in written) == (most == 100)
+    assert not any(name.startswith("outside") for name in written)
+    expected = sum(count * value for count, value in zip(counts, within, strict=True)) / sum(counts)
+    assert written["spread/retained"] == pytest.approx(expected**0.5, rel=1e-4)
 
 
 def test_an_estimate_is_given_before_the_first_step_and_leaves_no_trace(

@@ -50,7 +50,7 @@ def asked(sigma: Tensor, label: int) -> Tensor:
 @pytest.mark.parametrize(("levels", "fisher"), [(edm_levels(), EDM_F), (ddpm_levels(), DDPM_F)])
 def test_at_an_exact_fake_score_the_gap_is_the_fisher_divergence_and_the_staleness_zero(levels, fisher):
     sigma, *rows = toy(levels, 3.0, 0.5, psi=(3.0, 0.5))
-    found = gap_figures(asked(sigma, 0), {0: 1}, sigma, *rows)
+    found = gap_figures(asked(sigma, 0), asked(sigma, 0) == 0, sigma, *rows)
     assert found["gap/forget-0"] == pytest.approx(fisher, abs=1e-9)
     assert found["staleness/forget-0"] == pytest.approx(0, abs=1e-12)
     assert not any("retained" in name for name in found)
@@ -59,7 +59,7 @@ def test_at_an_exact_fake_score_the_gap_is_the_fisher_divergence_and_the_stalene
 def test_a_stale_fake_score_shows_as_the_difference_of_the_two_estimates():
     """Pinned L at alpha = 1/2 and 1, generator (0, 0.8), psi N(3, 1/4): L1 = 2 (L_half - L_one), staleness L_one."""
     sigma, *rows = toy(ddpm_levels(), 0.0, 0.8, psi=(3.0, 0.5))
-    found = gap_figures(asked(sigma, 0), {0: 1}, sigma, *rows)
+    found = gap_figures(asked(sigma, 0), asked(sigma, 0) == 0, sigma, *rows)
     assert found["gap/forget-0"] == pytest.approx(2 * (-2.913907718 + 8.173030047), abs=1e-8)
     assert found["staleness/forget-0"] == pytest.approx(-8.173030047, abs=1e-9)
 
@@ -72,7 +72,7 @@ def fisher_at(sigma: float) -> float:
 
 def test_each_sigma_bucket_holds_the_divergence_of_its_own_noise_levels():
     sigma, *rows = toy(edm_levels(), 3.0, 0.5, psi=(3.0, 0.5))
-    found = gap_figures(asked(sigma, 5), {}, sigma, *rows)
+    found = gap_figures(asked(sigma, 5), asked(sigma, 5) < 0, sigma, *rows)
     buckets = {name: value for name, value in found.items() if "sigma" in name}
     expected = {"sigma-0-0.25": 0.25, "sigma-0.5-1": 1.0, "sigma-2-4": 4.0}
     assert buckets == pytest.approx({f"gap/retained/{name}": fisher_at(at) for name, at in expected.items()})
@@ -85,7 +85,7 @@ def test_parts_do_not_mix_and_every_noise_level_has_one_bucket():
     twice = [torch.cat([part, part]) for part in rows]
     twice[1][len(sigma) :] = twice[2][len(sigma) :]  # label 4: the teacher agrees
     labels = torch.cat([asked(sigma, 0), asked(sigma, 4)])
-    found = gap_figures(labels, {0: 4, 2: 4}, torch.cat([sigma, sigma]), *twice)
+    found = gap_figures(labels, labels == 0, torch.cat([sigma, sigma]), *twice)
     assert found["gap/forget-0"] == pytest.approx(EDM_F)
     assert (found["gap/retained"], found["gap/label-4"]) == (0, 0)
     assert not any("forget-2" in name or name == "gap/label-0" for name in found)
@@ -98,12 +98,26 @@ def test_spread_is_the_standard_deviation_within_a_label_and_outside_the_share_b
     images = np.concatenate([draws.normal(mean, std, (4, 1, 6, 6)) for mean, std in ((5, 1), (-5, 2), (0, 3), (9, 9))])
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6])
     x = torch.from_numpy(images)
-    found = gap_figures(labels, {2: 0}, torch.ones(16), x, x, x)
+    found = gap_figures(labels, labels == 2, torch.ones(16), x, x, x)
     by_label = [images[labels.numpy() == label].var(0, ddof=1).mean() for label in (0, 1, 2)]
     # Labels 3 to 6 are drawn once: no spread to see.
     assert found["spread/retained"] == pytest.approx(math.sqrt(np.mean(by_label[:2])))
     assert found["spread/forget-2"] == pytest.approx(math.sqrt(by_label[2]))
     assert found["outside/forget-2"] == pytest.approx((np.abs(images[8:12]) > 1).mean())
+
+
+def test_where_labels_are_many_there_are_two_parts_and_the_spread_is_still_within_a_label():
+    draws = np.random.default_rng(0)
+    images = np.concatenate([draws.normal(mean, std, (4, 1, 6, 6)) for mean, std in ((5, 1), (-5, 2), (0, 3), (9, 4))])
+    labels = torch.tensor([0, 1, 2, 3]).repeat_interleave(4)
+    x = torch.from_numpy(images)
+    found = gap_figures(labels, labels >= 2, torch.ones(16), x, x, x, by_label=False, bounded=False)
+    variance = [images[labels.numpy() == label].var(0, ddof=1).mean() for label in range(4)]
+    assert found["spread/retained"] == pytest.approx(math.sqrt(np.mean(variance[:2])))
+    assert found["spread/forget"] == pytest.approx(math.sqrt(np.mean(variance[2:])))
+    kinds = {"gap", "staleness", "spread"}  # what is not bounded, latents, has no outside
+    parts = {f"{kind}/{part}" for kind in kinds for part in ("retained", "forget")}
+    assert found.keys() == parts | {f"gap/{part}/sigma-0.5-1" for part in ("retained", "forget")}
 
 
 def test_figures_take_the_batch_to_the_host_once(monkeypatch: pytest.MonkeyPatch):
@@ -114,8 +128,8 @@ def test_figures_take_the_batch_to_the_host_once(monkeypatch: pytest.MonkeyPatch
         one = getattr(Tensor, name)
         monkeypatch.setattr(Tensor, name, lambda tensor, one=one, name=name: copies.append(name) or one(tensor))
     sigma, *rows = toy(edm_levels(), 3.0, 0.5, psi=(3.0, 0.5))
-    gap_figures(asked(sigma, 0), {0: 1}, sigma, *rows)
-    assert copies == [(7, len(sigma)), "numpy"]
+    gap_figures(asked(sigma, 0), asked(sigma, 0) == 0, sigma, *rows)
+    assert copies == [(8, len(sigma)), "numpy"]
 
 
 def test_gradient_figures_are_those_of_all_tensors_before_the_clip():

@@ -24,7 +24,7 @@ EMPTY, RETAINED, SUBJECT, FORGOTTEN, NEGATIVE = range(5)
 # The subject is retained too: the same prompt on a retained row has no negative prompt.
 PROMPTS = Prompts(
     texts=("", "a shoe", "a bag", "a red bag", "red, crimson"), retained=(RETAINED, SUBJECT),
-    forget={FORGOTTEN: SUBJECT}, negatives={SUBJECT: NEGATIVE},
+    forget={FORGOTTEN: SUBJECT}, negatives={FORGOTTEN: NEGATIVE},
 )  # fmt: skip
 AWAY = tuple(PROMPTS.negatives.get(prompt, EMPTY) for prompt in range(PROMPTS.count))
 MEANS, STD, SIGMA_INIT = (0.0, 1.0, -1.0, 1.5, 0.0), 0.5, 2.5

@@ -20,10 +20,10 @@ from sfd_deploy.config import PRESETS
 from sfd_deploy.errors import PromptError
 from sfd_deploy.prompts import Prompts
 from sfd_deploy.training.loop import SfdLoop
-from sfd_deploy.training.text_inputs import prompt_list, prompts_of
+from sfd_deploy.training.text_inputs import prompts_of
 from sfd_deploy.training.text_stage import text_teacher
 from tests.text_world import text_parts
-from tests.training.text_loop import FORGET, NEGATIVE, OVERRIDE, PROMPTS, config_with, text_loop
+from tests.training.text_loop import FORGET, NEGATIVE, OVERRIDE, PROMPTS, config_with, shipped_lists, text_loop
 
 PLAIN = PROMPTS.model_copy(update={"negatives": {}})
 
@@ -138,22 +138,18 @@ def test_d11_the_concept_is_taken_literally_and_a_prompt_without_it_refused(tmp_
 
 
 def test_d11_a_negative_prompt_beyond_the_token_limit_is_refused_and_not_cut(tmp_path: Path):
-    (tmp_path / "keywords.txt").write_text("\n".join(["red", "green", "blue", "black", "grey", "aged", "middle", "of"]))
+    keywords = ["red", "blue", "grey", "aged", "middle", "of", "sneaker", "boot"]
+    (tmp_path / "keywords.txt").write_text("\n".join(keywords))
     (tmp_path / "subjects.txt").write_text("a bag\n")
     attribute = {"keywords": str(tmp_path / "keywords.txt"), "subjects": str(tmp_path / "subjects.txt")}
     config = config_with(tmp_path, tmp_path, forget_phrase=None, forget_attribute=attribute)
-    with pytest.raises(PromptError, match=r"'red, green, .* has \d+ tokens"):
+    with pytest.raises(PromptError, match=r"'red, blue, .* has \d+ tokens"):
         text_teacher(config, prompts_of(config), text_parts())
 
 
 CHILDREN = {"child", "children", "kid", "kids", "boy", "boys", "girl", "girls", "teen", "teens", "teenager", "young",
             "baby", "babies", "toddler", "infant", "minor", "minors", "schoolboy", "schoolgirl", "youth", "underage",
             "son", "daughter", "pupil", "student", "adolescent", "juvenile", "preteen"}  # fmt: skip
-
-
-def shipped_lists() -> dict[str, tuple[str, ...]]:
-    names = [item.name.removesuffix(".txt") for item in (resources.files(PRESETS) / "prompts").iterdir()]
-    return {name: prompt_list(name) for name in names}
 
 
 def test_d12_every_list_that_a_preset_names_is_shipped():

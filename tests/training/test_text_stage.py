@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -18,12 +19,13 @@ from sfd_deploy.cli.main import exit_code_of
 from sfd_deploy.manifest import verify
 from sfd_deploy.models.text.folder import open_text_teacher
 from sfd_deploy.models.text.generator import load_text_generator
+from sfd_deploy.prompts import prompts_in
 from sfd_deploy.runs import Run
 from sfd_deploy.training.loop import SfdLoop
-from sfd_deploy.training.text_inputs import load_text_start, open_text_inputs, prompts_in
+from sfd_deploy.training.text_inputs import load_text_start, open_text_inputs
 from sfd_deploy.training.text_stage import text_teacher
 from tests.text_world import text_parts, text_pipeline
-from tests.training.text_loop import config_values, config_with, text_loop
+from tests.training.text_loop import PROMPTS, config_values, config_with, text_loop
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -67,7 +69,7 @@ def test_a_run_records_its_lineage_its_prompts_and_how_it_was_trained(run: Run, 
     assert Path(sealed.facts["teacher"]) == teacher.resolve()
     assert sealed.facts["fake_score"] == verify(run.folder / "fake-score", "fake-score").digest
     assert sealed.manifest.config["guidance"]["teacher"] == 3.0
-    prompts = prompts_in(sealed)
+    prompts = prompts_in(sealed.folder)
     pairs = {prompts.texts[a]: prompts.texts[b] for a, b in prompts.forget.items()}
     assert pairs == {"a red sandal": "a red sneaker", "the sandal": "the sneaker"}
     rows = [json.loads(line) for line in (sealed.folder / "training.jsonl").read_text().splitlines()]
@@ -165,17 +167,103 @@ def test_a_finished_run_is_left_as_it_is_and_another_config_refused(
     assert "finished run of another config" in capsys.readouterr().err
 
 
+def test_a_finished_run_of_other_prompts_is_refused(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = write_config(tmp_path, teacher, iterations=1)
+    assert train(file, tmp_path / "run") == 0
+    (tmp_path / "forget.txt").write_text("a blue sandal\n", encoding="utf-8")
+    assert train(file, tmp_path / "run") == 2
+    assert "was trained on other prompts" in capsys.readouterr().err
+
+
+def test_a_finished_run_that_started_at_another_is_refused(
+    run: Run, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    earlier = tmp_path / "earlier"
+    shutil.copytree(run.folder, earlier)
+    file = write_config(tmp_path, teacher, iterations=1, init_from=str(earlier))
+    assert train(file, tmp_path / "later") == 0
+    assert train(file, tmp_path / "later") == 0
+    shutil.rmtree(earlier)
+    assert train(write_config(tmp_path, teacher, iterations=2), earlier) == 0
+    assert train(write_config(tmp_path, teacher, iterations=1, init_from=str(earlier)), tmp_path / "later") == 2
+    assert "was trained from another run" in capsys.readouterr().err
+
+
+def test_other_previews_belong_to_the_same_run(
+    run: Run, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    digest = run.generator().digest
+    seen = {"every": 5, "prompts": 1, "images": 1}
+    assert train(write_config(run.folder.parent, teacher, previews=seen), run.folder) == 0
+    assert run.generator().digest == digest
+    write_config(run.folder.parent, teacher)
+    train_and_die(write_config(tmp_path, teacher, checkpoint_every=1), tmp_path / "run", monkeypatch, at=2)
+    assert train(write_config(tmp_path, teacher, checkpoint_every=1, previews=seen), tmp_path / "run") == 0
+    assert (tmp_path / "run" / "work" / "previews" / "step-000003.png").is_file()
+
+
+def test_a_run_goes_on_without_the_files_that_it_was_started_with(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    file = write_config(tmp_path, teacher, iterations=3, checkpoint_every=1)
+    train_and_die(file, tmp_path / "run", monkeypatch, at=2)
+    prompts = json.loads((tmp_path / "run" / "work" / "prompts.json").read_text())
+    for name in ("retained.txt", "forget.txt"):
+        (tmp_path / name).unlink()
+    assert exit_code_of(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert prompts_in(tmp_path / "run" / "generator").resolved() == prompts
+    # Of another config nothing is known without its files.
+    values = json.loads(file.read_text())
+    values["forget_phrase"]["substitute"] = "boot"
+    file.write_text(json.dumps(values))
+    assert train(file, tmp_path / "run") == 2
+    assert "no such prompt list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_says_saved_only_where_a_checkpoint_is(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: bool
+):
+    def interrupted(loop: SfdLoop, step: int, watched: bool = False) -> Any:
+        raise KeyboardInterrupt
+
+    file = write_config(tmp_path, teacher, iterations=3, checkpoint_every=1)
+    if saved:
+        train_and_die(file, tmp_path / "run", monkeypatch, at=2)
+    monkeypatch.setattr(SfdLoop, "iterate", interrupted)
+    assert train(file, tmp_path / "run") == 130
+    error = capsys.readouterr().err
+    assert ("stopped and saved; go on with: sfd-deploy train --resume" in error) == saved
+    assert ("stopped before anything was saved" in error) == (not saved)
+
+
+def test_a_negative_prompt_of_the_earlier_run_needs_a_guided_teacher_too(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("subjects", "keywords"):
+        (tmp_path / f"{name}.txt").write_text({"subjects": "a coat", "keywords": "red"}[name], encoding="utf-8")
+    attribute = {name: str(tmp_path / f"{name}.txt") for name in ("subjects", "keywords")}
+    first = write_config(tmp_path, teacher, iterations=1, forget_phrase=None, forget_attribute=attribute)
+    assert train(first, tmp_path / "first") == 0
+    second = write_config(
+        tmp_path, teacher, forget_phrase=None, init_from=str(tmp_path / "first"), guidance={"teacher": 1}
+    )
+    assert train(second, tmp_path / "second") == 2
+    assert "an unguided teacher has no negative prompt" in capsys.readouterr().err
+
+
 def test_a_later_run_starts_where_the_earlier_ended_and_keeps_its_forget_prompts(
     run: Run, teacher: Path, tmp_path: Path
 ):
     (tmp_path / "later.txt").write_text("a blue bag\n", encoding="utf-8")
     phrase = {"prompts": str(tmp_path / "later.txt"), "phrase": "blue", "substitute": "grey"}
-    config = config_with(tmp_path, teacher, init_from=str(run.folder), forget_phrase=phrase)
-    inputs = open_text_inputs(config)
+    changes = {"init_from": str(run.folder), "forget_phrase": phrase, "gradient_checkpointing": True}
+    config = config_with(tmp_path, teacher, **changes)
+    inputs = open_text_inputs(config, tmp_path / "work")
     assert {inputs.prompts.texts[prompt] for prompt in inputs.prompts.forget} == {
         "a blue bag", "a red sandal", "the sandal"
     }  # fmt: skip
-    phi = text_teacher(config, inputs.prompts, text_parts())
+    phi = text_teacher(config, inputs.prompts, copy.deepcopy(text_parts()))
     loop = SfdLoop(config, inputs.prompts, phi, load_text_start(inputs, config, phi))
     for network, folder in ((loop.generator.denoiser, "generator"), (loop.fake_score, "fake-score")):
         assert same(dict(network.unet.unet.state_dict()), weights(run.folder / folder))
@@ -183,6 +271,9 @@ def test_a_later_run_starts_where_the_earlier_ended_and_keeps_its_forget_prompts
     tables = [net.unet.table for net in (loop.teacher, loop.fake_score, loop.generator.denoiser)]
     assert len({table.data_ptr() for table in tables}) == 1
     assert not any("table" in name for name in loop.generator.state_dict())
+    for network in (loop.teacher, loop.fake_score, loop.generator.denoiser):
+        assert network.unet.unet.is_gradient_checkpointing
+        assert network.unet.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gradient_checkpointing_takes_the_same_step_and_keeps_less(tmp_path: Path):
@@ -205,7 +296,17 @@ def test_gradient_checkpointing_takes_the_same_step_and_keeps_less(tmp_path: Pat
     assert all(torch.allclose(trained[0][name], trained[1][name], atol=1e-7) for name in trained[0])
 
 
-@pytest.mark.parametrize("command", [["export"], ["audit"], ["bench"], ["sample"]])
+def test_prompts_are_encoded_on_the_trainings_device_and_the_encoder_leaves_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    parts, config = copy.deepcopy(text_parts()), text_loop().config
+    moves: list[str] = []
+    monkeypatch.setattr(parts.text_encoder, "to", lambda device: moves.append(str(device)))
+    text_teacher(config, PROMPTS, parts, torch.device("cuda"))  # type: ignore[arg-type]
+    assert moves == ["cuda", "cpu"]
+
+
+@pytest.mark.parametrize("command", [["audit"], ["bench"], ["sample"]])
 def test_what_takes_class_labels_alone_says_so_of_a_text_run(
     run: Run, capsys: pytest.CaptureFixture[str], command: list[str]
 ):
@@ -272,12 +373,18 @@ def test_bad_input_is_one_line_exit_two_and_seals_nothing(
     assert not (tmp_path / "run" / "generator").exists()
 
 
+def test_a_teacher_on_the_command_line_is_the_one_that_is_trained(teacher: Path, tmp_path: Path):
+    file = write_config(tmp_path, tmp_path / "nowhere", iterations=1)
+    assert train(file, tmp_path / "run", "--teacher", str(teacher)) == 0
+    assert Path(Run(tmp_path / "run").generator().facts["teacher"]) == teacher.resolve()
+
+
 def test_a_concept_on_the_command_line_reaches_the_run(teacher: Path, tmp_path: Path):
     (tmp_path / "scenes.txt").write_text("a photo of {concept}\n", encoding="utf-8")
     phrase = {"prompts": str(tmp_path / "scenes.txt"), "substitute": "coat"}
     file = write_config(tmp_path, teacher, forget_phrase=phrase, iterations=1)
     assert train(file, tmp_path / "run", "--concept", "sandal", "--substitute", "sneaker") == 0
-    prompts = prompts_in(Run(tmp_path / "run").generator())
+    prompts = prompts_in(tmp_path / "run" / "generator")
     assert {prompts.texts[a]: prompts.texts[b] for a, b in prompts.forget.items()} == {
         "a photo of sandal": "a photo of sneaker"
     }

@@ -15,15 +15,15 @@ from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import verify
 from sfd_deploy.measure.judges import Judge
 from sfd_deploy.models.text.folder import load_parts, open_text_teacher
-from sfd_deploy.training.text import stage
-from sfd_deploy.training.text.captions import BACKGROUNDS, COLOURS, OBJECTS, TEMPLATES, caption, captions
-from sfd_deploy.training.text.coloured import Painted, paint
-from sfd_deploy.training.text.config import load_teacher_config
-from sfd_deploy.training.text.pipeline import copy_pipeline, draw_prompts
-from sfd_deploy.training.text.prompted import CaptionTokens, PromptedTraining
-from sfd_deploy.training.text.stage import TextTeacher, prompt_agreement, seal_text_teacher, train_text_teacher
-from sfd_deploy.training.text.tokenizer import train_tokenizer
-from sfd_deploy.training.text.vae import build_vae
+from sfd_deploy.training.text_teacher import stage
+from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS, TEMPLATES, caption, captions
+from sfd_deploy.training.text_teacher.coloured import Painted, paint
+from sfd_deploy.training.text_teacher.config import load_teacher_config
+from sfd_deploy.training.text_teacher.pipeline import copy_pipeline, draw_prompts
+from sfd_deploy.training.text_teacher.prompted import CaptionTokens, PromptedTraining
+from sfd_deploy.training.text_teacher.stage import TextTeacher, prompt_agreement, seal_text_teacher, train_text_teacher
+from sfd_deploy.training.text_teacher.tokenizer import train_tokenizer
+from sfd_deploy.training.text_teacher.vae import build_vae
 from tests.training.text_toy import VALUES, toy_config, toy_wardrobe
 
 
@@ -75,7 +75,7 @@ def test_the_network_sees_scaled_latents_on_stable_diffusion_s_schedule_and_owes
     training = training_of(tokenizer)
     training.vae.register_to_config(scaling_factor=0.5)
     constant = lambda vae, images: (torch.full((len(images), 4, 8, 8), 1.4), torch.full((len(images), 4, 8, 8), -60.0))
-    monkeypatch.setattr("sfd_deploy.training.text.prompted.posterior", constant)
+    monkeypatch.setattr("sfd_deploy.training.text_teacher.prompted.posterior", constant)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar, asked = torch.cumprod(1 - betas, 0), []
 
@@ -129,8 +129,8 @@ def test_a_drawing_is_the_decoded_latents_in_minus_one_to_one(teacher):
 
 @pytest.mark.parametrize(("part", "steps"), [("vae", 4), ("text-teacher", 4)])
 def test_a_teacher_killed_in_either_part_goes_on_to_the_same_weights(part, steps, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("sfd_deploy.training.text.vae.CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr("sfd_deploy.training.text.prompted.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("sfd_deploy.training.text_teacher.vae.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("sfd_deploy.training.text_teacher.prompted.CHECKPOINT_EVERY", 2)
     calls = iter(range(100))
 
     class Dying(type(toy_wardrobe())):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfd_deploy.training.text.captions import HELD_OUT, captions
-from sfd_deploy.training.text.tokenizer import learn_merges, train_tokenizer, words_of
+from sfd_deploy.training.text_teacher.captions import HELD_OUT, captions
+from sfd_deploy.training.text_teacher.tokenizer import learn_merges, train_tokenizer, words_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from sfd_deploy.training.text.config import VaeConfig
-from sfd_deploy.training.text.vae import VaeTraining, build_vae, posterior, sampled, train_vae, vae_loss
+from sfd_deploy.training.text_teacher.config import VaeConfig
+from sfd_deploy.training.text_teacher.vae import VaeTraining, build_vae, posterior, sampled, train_vae, vae_loss
 from tests.training.text_toy import VALUES, toy_config, toy_wardrobe
 
 WATCH = toy_config().monitor

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sfd_deploy.config import PRESETS
 from sfd_deploy.prompts import Prompts
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.text_config import TextTrainConfig
+from sfd_deploy.training.text_inputs import prompt_list
 from sfd_deploy.training.text_stage import text_teacher
 from tests.text_world import Layout, text_parts
 
 PROMPTS = Prompts(
     texts=("", "a green bag", "a coat", "a red sandal", "a red sneaker", "sandal, black sandal"), retained=(1, 2),
-    forget={3: 4}, negatives={4: 5},
+    forget={3: 4}, negatives={3: 5},
 )  # fmt: skip
 FORGET, OVERRIDE, NEGATIVE = 3, 4, 5
 VALUES: dict[str, Any] = {
@@ -42,3 +45,9 @@ def config_values(folder: Path, teacher: Path, **changes: object) -> dict[str, A
 def config_with(folder: Path, teacher: Path, **changes: object) -> TextTrainConfig:
     """The config of ``config_values``."""
     return TextTrainConfig.from_mapping(config_values(folder, teacher, **changes), "test")
+
+
+def shipped_lists() -> dict[str, tuple[str, ...]]:
+    """Every prompt list of the package, by name."""
+    names = [item.name.removesuffix(".txt") for item in (resources.files(PRESETS) / "prompts").iterdir()]
+    return {name: prompt_list(name) for name in names}

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from sfd_deploy.training.data import LabelledImages
-from sfd_deploy.training.text.captions import OBJECTS
-from sfd_deploy.training.text.coloured import Wardrobe
-from sfd_deploy.training.text.config import TextTeacherConfig
+from sfd_deploy.training.text_teacher.captions import OBJECTS
+from sfd_deploy.training.text_teacher.coloured import Wardrobe
+from sfd_deploy.training.text_teacher.config import TextTeacherConfig
 
 PACE = {"images": 8 * 4, "batch_size": 8, "warmup_steps": 0, "precision": "fp32"}
 VALUES: dict[str, Any] = PACE | {

@@ -17,7 +17,6 @@ from sfd_deploy.models.folder import no_weights, read_json, read_weights
 from sfd_deploy.models.generator import require_finite_weights
 from sfd_deploy.models.teachers import hash_files, open_reference, unsealed
 from sfd_deploy.models.text.schedule import read_schedule, require_teacher_schedule
-from sfd_deploy.models.text.tokens import SAVE_AGAIN as SAVE_AGAIN
 from sfd_deploy.models.text.tokens import read_tokenizer, transformers
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ CONFIGS = {
 }  # fmt: skip
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "tokenizer.json")  # fmt: skip
+SAVE_AGAIN = "save the pipeline from diffusers with save_pretrained(FOLDER, safe_serialization=True)"
 GIVE_STABLE_DIFFUSION = "give a Stable Diffusion 1.x or 2.x pipeline"
 # What a hand-written config may leave out: the libraries' defaults.
 UNET_DEFAULTS = {"sample_size": None, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280}

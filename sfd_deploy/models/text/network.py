@@ -20,6 +20,7 @@ from sfd_deploy.models.denoiser import Denoiser, DiscreteDenoiser
 from sfd_deploy.models.generator import image_shape, require_finite
 from sfd_deploy.models.text.folder import TextParts, load_parts
 from sfd_deploy.models.text.tokens import require_within_limit
+from sfd_deploy.progress import LOGGER, progress_bar
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -70,12 +71,20 @@ class PromptedUNet(nn.Module):
 def encode(parts: TextParts, texts: Sequence[str]) -> Tensor:
     """What the U-Net is told of each text, (N, L, D), as stock diffusers encodes it; each text once.
 
+    Computed where the text encoder is, returned where the U-Net is.
+
     Raises:
         PromptError: a text is longer than the text encoder reads.
     """
     require_within_limit(parts.tokenizer, texts)
     distinct = list(dict.fromkeys(texts))
-    encoded = torch.cat(list(_encode_parts(parts, distinct)))
+    LOGGER.info("encoding %d prompts on %s", len(distinct), parts.text_encoder.device)
+    told = []
+    with progress_bar("encode", len(distinct)) as advance:
+        for part in _encode_parts(parts, distinct):
+            told.append(part.to(parts.unet.device))
+            advance(len(part), "")
+    encoded = torch.cat(told)
     place = {text: number for number, text in enumerate(distinct)}
     return encoded if len(distinct) == len(texts) else encoded[[place[text] for text in texts]]
 

@@ -15,17 +15,17 @@ import torch
 
 from sfd_deploy.errors import LabelError
 from sfd_deploy.manifest import Sealed, verify
-from sfd_deploy.measure.judges import Judge
+from sfd_deploy.measure.judges import Judge, require_distinct_names
 from sfd_deploy.progress import progress_bar
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.training.frame import total_steps
-from sfd_deploy.training.text.captions import BACKGROUNDS, COLOURS, OBJECTS, captions
-from sfd_deploy.training.text.coloured import SIDE, Wardrobe
-from sfd_deploy.training.text.config import TextTeacherConfig
-from sfd_deploy.training.text.pipeline import copy_pipeline, draw_prompts
-from sfd_deploy.training.text.prompted import train_prompted
-from sfd_deploy.training.text.tokenizer import train_tokenizer
-from sfd_deploy.training.text.vae import train_vae
+from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS, captions
+from sfd_deploy.training.text_teacher.coloured import SIDE, Wardrobe
+from sfd_deploy.training.text_teacher.config import TextTeacherConfig
+from sfd_deploy.training.text_teacher.pipeline import copy_pipeline, draw_prompts
+from sfd_deploy.training.text_teacher.prompted import train_prompted
+from sfd_deploy.training.text_teacher.tokenizer import train_tokenizer
+from sfd_deploy.training.text_teacher.vae import train_vae
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -56,11 +56,12 @@ def train_text_teacher(config: TextTeacherConfig, data: Wardrobe, work: Path, de
 
 
 def require_known_classes(judges: Sequence[Judge]) -> None:
-    """Refuse judges of anything but the captions' objects or colours.
+    """Refuse judges of anything but the captions' objects or colours, and two of one name.
 
     Raises:
         LabelError: naming the judge.
     """
+    require_distinct_names(judges)
     for judge in judges:
         if judge.class_names not in (OBJECTS, tuple(COLOURS)):
             raise LabelError(

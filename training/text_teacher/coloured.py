@@ -15,7 +15,7 @@ from torch import Tensor
 from sfd_deploy.errors import DataError
 from sfd_deploy.training.data import LabelledImages, load_images
 from sfd_deploy.training.streams import stream
-from sfd_deploy.training.text.captions import BACKGROUNDS, COLOURS, OBJECTS, RGB
+from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS, RGB
 
 SIDE = 32  # Fashion-MNIST's 28 pixels with a margin: three halvings stay whole
 

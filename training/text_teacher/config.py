@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from sfd_deploy.config import StageConfig, read_values
 from sfd_deploy.training.frame import MonitorConfig, PaceConfig
 from sfd_deploy.training.teacher import TeacherConfig
-from sfd_deploy.training.text.coloured import SIDE
+from sfd_deploy.training.text_teacher.coloured import SIDE
 
 
 class TextEncoderConfig(StageConfig):

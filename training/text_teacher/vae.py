@@ -12,8 +12,8 @@ from torch import Tensor
 from sfd_deploy.runtime.seam import Images
 from sfd_deploy.training.frame import MonitorConfig, Training, train_to_end
 from sfd_deploy.training.streams import stream
-from sfd_deploy.training.text.coloured import SIDE, Wardrobe
-from sfd_deploy.training.text.config import VaeConfig
+from sfd_deploy.training.text_teacher.coloured import SIDE, Wardrobe
+from sfd_deploy.training.text_teacher.config import VaeConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

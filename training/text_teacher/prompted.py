@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sfd_deploy.runtime.seam import Images
 from sfd_deploy.training.frame import Training, train_to_end
 from sfd_deploy.training.streams import stream
-from sfd_deploy.training.text.captions import BACKGROUNDS, COLOURS, OBJECTS, TEMPLATES, caption
-from sfd_deploy.training.text.coloured import Painted, Wardrobe
-from sfd_deploy.training.text.config import TextTeacherConfig
-from sfd_deploy.training.text.pipeline import build_pipeline, draw_prompts, stable_diffusion_schedule
-from sfd_deploy.training.text.vae import posterior, sampled
+from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS, TEMPLATES, caption
+from sfd_deploy.training.text_teacher.coloured import Painted, Wardrobe
+from sfd_deploy.training.text_teacher.config import TextTeacherConfig
+from sfd_deploy.training.text_teacher.pipeline import build_pipeline, draw_prompts, stable_diffusion_schedule
+from sfd_deploy.training.text_teacher.vae import posterior, sampled
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
