@@ -133,7 +133,7 @@ def rewrite(prompt: str, phrase: str, substitute: str) -> str:
 
 
 def holds(prompt: str, phrase: str) -> bool:
-    """Whether ``phrase`` stands in ``prompt`` in whole words, whatever their case, spacing and spelling of accents."""
+    """Whether ``phrase`` stands in ``prompt``: whole words or their plural, in any case, spacing, accents."""
     return _pattern(phrase).search(_composed(prompt)) is not None
 
 
@@ -224,10 +224,11 @@ def _spoilt(kind: str, texts: Sequence[str], phrase: str) -> PromptError:
 
 @cache
 def _pattern(phrase: str) -> re.Pattern[str]:
-    """The phrase's words with any space between them, as a tokenizer has it; no part of a longer word."""
+    """The phrase's words with any space between them, as a tokenizer has it; of longer words only a plural's."""
     words = _composed(phrase).split()
     before = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
-    behind = r"(?!\w)" if re.search(r"\w$", words[-1]) else ""
+    # Looked at and not taken: rewritten, a plural stays one.
+    behind = r"(?=(?:['\u2019]?s|es)?(?!\w))" if re.search(r"\w$", words[-1]) else ""
     return re.compile(before + r"\s+".join(map(re.escape, words)) + behind, re.IGNORECASE)
 
 

@@ -93,6 +93,13 @@ def test_a_phrase_is_whole_words():
         phrase_prompts(["a bag"], ["a cherry tree"], "Cher", "a woman")
 
 
+@pytest.mark.parametrize("prompt", ["two sandals", "the sandal's strap", "the sandal\u2019s strap"])
+def test_a_plural_or_possessive_holds_the_phrase_and_stays_one(prompt):
+    assert rewrite(prompt, "sandal", "sneaker") == prompt.replace("sandal", "sneaker")
+    with pytest.raises(PromptError, match="holds the phrase 'sandal'"):
+        phrase_prompts([prompt], ["a sandal"], "sandal", "sneaker")
+
+
 def test_a_phrase_of_signs_is_found_beside_words():
     assert rewrite("50$ or c++11", "$", "euro") == "50euro or c++11"
     assert rewrite("50$ or c++11", "c++", "c") == "50$ or c11"
@@ -132,8 +139,8 @@ def test_an_override_that_is_also_retained_and_a_repeated_prompt_are_one_conditi
 
 
 def test_a_retained_prompt_with_the_concept_is_refused():
-    with pytest.raises(PromptError, match="retained prompt 'One SANDAL' holds the phrase 'sandal'"):
-        phrase_prompts(["a bag", "One SANDAL"], ["a sandal"], "sandal", "sneaker")
+    with pytest.raises(PromptError, match="retained prompt 'Two SANDALS' holds the phrase 'sandal'"):
+        phrase_prompts(["a bag", "Two SANDALS"], ["a sandal"], "sandal", "sneaker")
 
 
 def test_all_spoilt_prompts_are_counted_and_the_first_few_named():
