@@ -33,7 +33,7 @@ demo: set-up  ## the main job, end to end, on real input (about ten minutes on t
 	$(BIN)/sfd-deploy demo --triton $(TRITON) --set-up-seconds "$$(cat $(VENV)/set-up-seconds 2>/dev/null || echo 0)"
 
 # Two workers of one thread each: most tests are too small for two. A file stays with one worker, for its fixtures.
-PYTEST = OMP_NUM_THREADS=1 SFD_DEPLOY_TRITON=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 SFD_DEPLOY_TRITON=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: set-up  ## the fast suite, with coverage
 	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90
