@@ -263,7 +263,9 @@ def test_a_later_run_starts_where_the_earlier_ended_and_keeps_its_forget_prompts
     assert {inputs.prompts.texts[prompt] for prompt in inputs.prompts.forget} == {
         "a blue bag", "a red sandal", "the sandal"
     }  # fmt: skip
-    phi = text_teacher(config, inputs.prompts, copy.deepcopy(text_parts()))
+    parts = copy.deepcopy(text_parts())
+    parts.unet.to(memory_format=torch.channels_last)  # as loaded; a test that saved the shared parts left them plain
+    phi = text_teacher(config, inputs.prompts, parts)
     loop = SfdLoop(config, inputs.prompts, phi, load_text_start(inputs, config, phi))
     for network, folder in ((loop.generator.denoiser, "generator"), (loop.fake_score, "fake-score")):
         assert same(dict(network.unet.unet.state_dict()), weights(run.folder / folder))
