@@ -25,6 +25,7 @@ from sfd_deploy.export.parity import Parity, compare
 from sfd_deploy.export.ranges import FP16_LIMIT, Peak, largest, peaks_over, require_range
 from sfd_deploy.export.samples import Samples
 from sfd_deploy.export.stage import PARITY_FILE, chosen_of, full_disk_told
+from sfd_deploy.export.text_facts import engine_facts, part_precision, peak_facts
 from sfd_deploy.export.text_folder import copy_words, write_pipeline
 from sfd_deploy.export.text_graphs import Graphs, require_joints, trace_text_generator
 from sfd_deploy.export.text_parity import encoding_difference, require_encodings, require_told_apart
@@ -37,7 +38,7 @@ from sfd_deploy.progress import log_to, progress_bar
 from sfd_deploy.prompts import TEXT_TO_IMAGE, Prompts, prompts_in
 from sfd_deploy.runs import Run, sealed_folder, write_json
 from sfd_deploy.runtime.seam import Images, draw_all
-from sfd_deploy.runtime.text import GRAPH_FILE, PARTS, Part, TextOnnxRuntime
+from sfd_deploy.runtime.text import PARTS, Part, TextOnnxRuntime
 from sfd_deploy.runtime.text_pytorch import TextGeneratorRuntime
 from sfd_deploy.runtime.trt import ENGINE_FILE, Flavour
 
@@ -131,7 +132,7 @@ class _Compiler:
         parent = self.seal_graphs("trt", precision)
         batch = {"min": self.config.min_batch, "opt": self.config.opt_batch, "max": self.config.max_batch}
         facts = self._facts(made, format="trt", target=flavour.target, runtime=flavour.name, batch=batch)
-        facts |= {"psnr_db": None, "engine": _engine_facts(engines, made.graphs, batch, parent)}
+        facts |= {"psnr_db": None, "engine": engine_facts(engines, made.graphs, batch, parent)}
         place = self.run.folder / "artefacts" / name
         with sealed_folder(place, "artefact", parents=(parent.as_parent(),), config=self.config.resolved(),
                            seed=self.config.seed, facts=facts) as folder:  # fmt: skip
@@ -220,7 +221,10 @@ class _Compiler:
             "ir_version": unet.ir_version,
             "psnr_db": made.parity.psnr_db,
             "calibration": self._calibration_facts() if made.precision == "int8" else None,
-            "range": {"samples": self.config.range_samples, **{part: _peak(peak) for part, peak in self.peaks.items()}},
+            "range": {
+                "samples": self.config.range_samples,
+                **{part: peak_facts(peak) for part, peak in self.peaks.items()},
+            },
             "engine": None,
             **own,
         }
@@ -229,11 +233,6 @@ class _Compiler:
         samples = self._calibration()
         return {"stream": LATENT_STREAM, "seed": self.config.seed, "count": len(samples),
                 "prompts": "evenly over all", "digest": samples.digest(self.runtime.latent_shape)}  # fmt: skip
-
-
-def part_precision(part: Part, precision: Precision) -> Precision:
-    """The precision of one part of an artefact of ``precision``: INT8 is the U-Net's alone."""
-    return "fp32" if precision == "int8" and part != "unet" else precision
 
 
 def _prepare(run: Run, config: TextExportConfig, precisions: Sequence[Precision], scratch: Path) -> _Compiler:
@@ -248,25 +247,3 @@ def _prepare(run: Run, config: TextExportConfig, precisions: Sequence[Precision]
     compiler = _Compiler(run, config, sealed, prompts, parts, traced, runtime, scratch)
     compiler.check_ranges(precisions)
     return compiler
-
-
-def _engine_facts(engines: dict[Part, Engine], graphs: Graphs, batch: dict[str, int], parent: Sealed) -> dict[str, Any]:
-    first = engines[PARTS[0]]
-    return {
-        "flavour": first.flavour.name,
-        "version": first.version,
-        "compute_capabilities": list(first.compute_capabilities),
-        "profile": {part: _profile(graphs, part, batch) for part in PARTS},
-        "tf32": False,
-        "onnx_digest": {part: parent.manifest.files[f"{part}/{GRAPH_FILE}"].sha256 for part in PARTS},
-    }
-
-
-def _profile(graphs: Graphs, part: Part, batch: dict[str, int]) -> dict[str, dict[str, list[int]]]:
-    shapes = {item.name: [dim.dim_value for dim in item.type.tensor_type.shape.dim][1:]
-              for item in graphs[part].graph.input}  # fmt: skip
-    return {name: {kind: [size, *rest] for kind, size in batch.items()} for name, rest in shapes.items()}
-
-
-def _peak(peak: Peak) -> dict[str, Any]:
-    return {"largest": peak.magnitude, "at": str(peak)}

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -16,10 +15,10 @@ from sfd_deploy.models.generator import labels_of, load_teacher
 from sfd_deploy.models.teachers import open_teacher
 from sfd_deploy.runs import Run
 from sfd_deploy.runtime import open_runtime
+from tests.models.hub import COMMIT, pretend_hub
 from tests.models.tiny import foreign_folder, tiny_denoiser
 
 NAMES = ("circle", "square", "star")
-COMMIT = "4f1c0de" * 5 + "4f1c0"
 
 
 @pytest.fixture
@@ -125,17 +124,7 @@ def test_a_teacher_whose_weights_are_not_finite_is_refused_when_loaded(tmp_path)
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """A hub that has somebody/shapes; what it was asked for."""
-    asked: list[dict[str, object]] = []
-    snapshot = folder.rename(folder.with_name(COMMIT))
-
-    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append({"repository": repo_id, "revision": revision, "patterns": allow_patterns})
-        if repo_id != "somebody/shapes":
-            raise OSError("404")
-        return str(snapshot)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return asked
+    return pretend_hub(monkeypatch, folder, "somebody/shapes")
 
 
 def test_a_hub_model_is_downloaded_without_pickles_and_remembers_its_commit(hub):

@@ -20,10 +20,9 @@ from sfd_deploy.models.text.generator import save_text_generator
 from sfd_deploy.models.text.network import load_text_denoiser
 from sfd_deploy.models.text.schedule import SCHEDULERS, read_schedule
 from sfd_deploy.runs import sealed_folder
+from tests.models.hub import COMMIT, pretend_hub
 from tests.models.tiny import foreign_folder
 from tests.text_world import SD_BETAS, TEXTS, clip_tokenizer, text_parts, text_pipeline
-
-COMMIT = "4f1c0de" * 5 + "4f1c0"
 
 
 @pytest.fixture(scope="session")
@@ -290,17 +289,7 @@ def test_a_sealed_teacher_opens_under_its_own_digest_and_a_changed_one_does_not(
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """A hub that has somebody/pictures; what it was asked for."""
-    asked: list[dict[str, object]] = []
-    snapshot = folder.rename(folder.with_name(COMMIT))
-
-    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append({"repository": repo_id, "revision": revision, "patterns": allow_patterns})
-        if repo_id != "somebody/pictures":
-            raise OSError("404")
-        return str(snapshot)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return asked
+    return pretend_hub(monkeypatch, folder, "somebody/pictures")
 
 
 def test_a_hub_pipeline_is_downloaded_without_pickles_and_remembers_its_commit(hub):

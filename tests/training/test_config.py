@@ -55,8 +55,9 @@ def test_every_field_says_what_it_is():
 
 
 OFFICIAL = {
-    "iterations": 50_000, "retained_rows": 128, "alpha": 1.2, "sigma_init": 2.5, "sigma_min": 0.137, "sigma_max": 13.0,
-    "generator_rate": 1e-5, "clip_value": 1.0, "ema_decay": 0.9999, "ema_ramp": False, "precision": "fp32",
+    "objective": "sid", "iterations": 50_000, "retained_rows": 128, "alpha": 1.2, "sigma_init": 2.5, "sigma_min": 0.137,
+    "sigma_max": 13.0, "generator_rate": 1e-5, "clip_value": 1.0, "ema_decay": 0.9999, "ema_ramp": False,
+    "precision": "fp32",
 }  # fmt: skip
 
 
@@ -87,3 +88,21 @@ def test_every_preset_loads_and_names_every_value_of_the_method(name):
     optional = {"teacher_digest", "class_names", "init_from", "classifier", "share_generated", "accumulate", "compile",
                 "monitor", "checkpoint_every", "ema_ramp"}  # fmt: skip
     assert left_out <= optional | ({"forget_rows", "forget_weight"} if not loaded.forget else set())
+
+
+def test_the_demo_keeps_the_values_that_its_published_figures_were_made_with():
+    loaded = TrainConfig.load("fashion-mnist", "train")
+    assert (loaded.iterations, loaded.retained_rows, loaded.forget_rows, loaded.forget_weight) == (600, 28, 8, 0.5)
+    assert (loaded.fake_score_rate, loaded.generator_rate, loaded.ema_decay, loaded.decay_share) == (
+        1e-3,
+        4e-4,
+        0.99,
+        0,
+    )
+    assert (loaded.objective, loaded.sigma_min, loaded.sigma_max, loaded.precision) == (
+        "diff-instruct",
+        0.02,
+        13,
+        "bf16",
+    )
+    assert (loaded.ema_ramp, loaded.share_generated, loaded.monitor.judge) == (True, False, None)
