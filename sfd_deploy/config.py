@@ -62,11 +62,29 @@ def read_values(name_or_file: str, stage: str) -> tuple[Any, str]:
     """
     text, source = read_named(name_or_file, stage)
     try:
-        return yaml.safe_load(text), source
+        repeated = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
         raise ConfigError(f"{source}:{line} is not valid YAML", "mend the syntax there") from None
+    if repeated is not None:
+        place = f"line {repeated.start_mark.line + 1}"
+        raise ConfigError(f"{source}: {place}: key `{repeated.value}` is there twice", "keep one of them")
+    return values, source
+
+
+def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
+    """The first key that its mapping holds twice: YAML lets the last one win, without a word."""
+    children: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        pairs: list[tuple[yaml.Node, yaml.Node]] = node.value
+        keys = [key.value for key, _ in pairs]
+        for key, _ in pairs:
+            if keys.count(key.value) > 1:
+                return key
+        children = [value for _, value in pairs]
+    return next(filter(None, map(_repeated_key, children)), None)
 
 
 def read_named(name_or_file: str, stage: str) -> tuple[str, str]:

@@ -68,6 +68,15 @@ class Figures(StageConfig):
     speedup_over_teacher: float | None
 
 
+class FamilyFigures(Figures):
+    """What was measured on an artefact of prompts; labels are prompt families.
+
+    ``drawn_instead`` is by forget family: what one judge calls its images, the commonest classes and their shares.
+    """
+
+    drawn_instead: dict[int, dict[str, float]]
+
+
 class TeacherFigures(StageConfig):
     """What was measured on the teacher's reference samples: the yardstick of every row."""
 
@@ -81,6 +90,12 @@ class TeacherFigures(StageConfig):
     network_evaluations: int
 
 
+class GuidedTeacherFigures(TeacherFigures):
+    """As ``TeacherFigures``, and how a teacher of prompts drew: guidance and steps."""
+
+    settings: dict[str, Any]
+
+
 class ArtefactRecord(StageConfig):
     """One row of an audit."""
 
@@ -92,7 +107,7 @@ class ArtefactRecord(StageConfig):
     settings: dict[str, Any]
     bytes: int
     note: str = ""
-    figures: Figures | None = None
+    figures: FamilyFigures | Figures | None = None
     verdict: Verdict
     reasons: tuple[str, ...] = ()
 
@@ -108,7 +123,7 @@ class AuditRecord(StageConfig):
     plan_digest: str
     plan: dict[str, Any]
     judges: tuple[dict[str, Any], ...]
-    teacher: TeacherFigures
+    teacher: GuidedTeacherFigures | TeacherFigures
     artefacts: tuple[ArtefactRecord, ...]
     exit_code: int
 

@@ -12,15 +12,18 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final, Self
 
 from pydantic import Field, model_validator
 
-from sfd_deploy.config import StageConfig
+from sfd_deploy.config import PRESETS, StageConfig
 from sfd_deploy.errors import PromptError, RunError
 
 PROMPTS_FILE: Final = "prompts.json"  # in a generator's or artefact's folder: the prompts that it was trained with
+CONCEPT: Final = "{concept}"  # in a list of forget prompts, where the phrase goes
 NAMED: Final = 3  # spoilt prompts that an error names
 TEXT_TO_IMAGE: Final = "text-to-image"  # `kind` in configs and in manifests' facts
 
@@ -87,6 +90,41 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return prompts
 
 
+def in_utf8(text: str) -> bytes:
+    """A prompt as a server is sent it.
+
+    Raises:
+        PromptError: UTF-8 cannot carry it: a command line's bytes that are none.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"prompt {text!r} is not UTF-8 text (character {error.start})", "write it as UTF-8") from None
+
+
+def prompt_list(name_or_file: str) -> tuple[str, ...]:
+    """The prompts of a shipped list or of a text file.
+
+    Raises:
+        PromptError: no such list or file, or one that cannot be used.
+    """
+    shipped = shipped_lists()
+    if name_or_file in shipped:
+        with resources.as_file(shipped[name_or_file]) as file:
+            return read_prompts(file)
+    if not Path(name_or_file).exists():
+        raise PromptError(
+            f"{name_or_file}: no such prompt list",
+            f"give a text file with one prompt a line, or one of {', '.join(sorted(shipped))}",
+        )
+    return read_prompts(Path(name_or_file))
+
+
+def shipped_lists() -> dict[str, Traversable]:
+    """The prompt lists of this package, by name."""
+    return {item.name.removesuffix(".txt"): item for item in (resources.files(PRESETS) / "prompts").iterdir()}
+
+
 def draws_from_prompts(folder: Path) -> bool:
     """Whether a model folder is a text-to-image pipeline's."""
     return (folder / "text_encoder").is_dir()
@@ -150,8 +188,20 @@ def require_without(kind: str, texts: Iterable[str], phrases: Iterable[str]) -> 
             raise _spoilt(kind, spoilt, phrase)
 
 
+def plain_prompts(retained: Sequence[str]) -> Prompts:
+    """Forget nothing.
+
+    Raises:
+        PromptError: no prompts.
+    """
+    _require_some("retained prompt", retained)
+    return _number(retained, {}, ())
+
+
 def phrase_prompts(retained: Sequence[str], forget: Sequence[str], phrase: str, substitute: str) -> Prompts:
     """Forget a concept by name: each forget prompt's override is itself with ``substitute`` for ``phrase``.
+
+    ``{concept}`` in a forget prompt stands for the phrase.
 
     Raises:
         PromptError: no prompts, a forget prompt without the phrase, or a retained one with it, which would
@@ -159,6 +209,7 @@ def phrase_prompts(retained: Sequence[str], forget: Sequence[str], phrase: str, 
     """
     _require_some("retained prompt", retained)
     _require_some("forget prompt", forget)
+    forget = [prompt.replace(CONCEPT, phrase) for prompt in forget]
     overrides = [rewrite(prompt, phrase, substitute) for prompt in forget]
     require_without("retained prompt", retained, [phrase])
     return _number(retained, dict(zip(forget, overrides, strict=True)), [phrase])

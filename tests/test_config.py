@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sfd_deploy.config import StageConfig, preset_names, read_named
+from sfd_deploy.config import StageConfig, preset_names, read_named, read_values
 from sfd_deploy.errors import ConfigError
 from sfd_deploy.policy.plan import Policy
+from sfd_deploy.probes import Probes
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.judge import JudgeConfig
 from sfd_deploy.training.kinds import load_config
@@ -19,6 +20,7 @@ STAGES: dict[str, Callable[[str], StageConfig]] = {
     "teacher": load_teacher_config,
     "judge": lambda name: JudgeConfig.load(name, "judge"),
     "policy": lambda name: Policy.load(name, "policy"),
+    "probes": lambda name: Probes.load(name, "probes"),
 }
 
 
@@ -92,3 +94,12 @@ def test_yaml_cannot_make_objects(tmp_path: Path):
 def test_a_folder_is_no_config(tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot be read"):
         TrainConfig.load(str(tmp_path), "train")
+
+
+def test_a_key_that_is_there_twice_is_refused_however_deep(tmp_path):
+    file = tmp_path / "policy.yaml"
+    file.write_text("name: strict\nparity:\n  fp32: {min_psnr_db: 1, min_agreement: 0.5}\n  fp32: {min_psnr_db: 2}\n")
+    with pytest.raises(ConfigError, match=r"policy\.yaml: line 3: key `fp32` is there twice"):
+        read_values(str(file), "policy")
+    file.write_text("- {a: 1, b: 2}\n- {a: 1, b: 2}\n")
+    assert read_values(str(file), "policy")[0] == [{"a": 1, "b": 2}] * 2

@@ -8,15 +8,13 @@ generator comes to match the guided teacher. The generator itself is never guide
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from sfd_deploy.models.sampler import Predict, guided
 from sfd_deploy.training.rows import Rows
-
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # noisy, sigma, conditions → clean-image prediction
 
 
 @dataclass(frozen=True)
@@ -71,15 +69,3 @@ class Guidance:
 
 
 UNGUIDED = Guidance()
-
-
-def guided(predict: Predict, noisy: Tensor, sigma: Tensor, asked: Tensor, away: Tensor, scale: float) -> Tensor:
-    """x_u + scale * (x_c - x_u) in one doubled batch (B, C, H, W); at scale 1 one plain call.
-
-    The same as guiding epsilon or v: a prediction is linear in the network's output.
-    """
-    if scale == 1:
-        return predict(noisy, sigma, asked)
-    both = predict(torch.cat([noisy, noisy]), torch.cat([sigma, sigma]), torch.cat([away, asked]))
-    x_u, x_c = both.chunk(2)
-    return x_u + scale * (x_c - x_u)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sfd_deploy.training.guidance import Predict
+from sfd_deploy.models.sampler import Predict
 from sfd_deploy.training.rows import MIXED
 
 Classify = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [-1, 1] → logits (B, labels)

@@ -6,19 +6,24 @@ import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Final
 
-from sfd_deploy.config import PRESETS
 from sfd_deploy.errors import ConfigError, PromptError, RunError
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.models.denoiser import Denoiser, DiscreteDenoiser
 from sfd_deploy.models.folder import read_weights
 from sfd_deploy.models.text.folder import SAVE_AGAIN, open_text_teacher
 from sfd_deploy.models.text.network import PromptedUNet
-from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts, prompts_in, read_prompts, require_without
+from sfd_deploy.prompts import (
+    Prompts,
+    negative_prompts,
+    phrase_prompts,
+    plain_prompts,
+    prompt_list,
+    prompts_in,
+    require_without,
+    shipped_lists,
+)
 from sfd_deploy.training.inputs import (
     OTHER_FOLDER,
     Origin,
@@ -30,8 +35,6 @@ from sfd_deploy.training.inputs import (
 from sfd_deploy.training.loop import Start
 from sfd_deploy.training.stage import CONFIG
 from sfd_deploy.training.text_config import UNGUIDED_TEACHER, TextTrainConfig
-
-CONCEPT: Final = "{concept}"  # in a shipped list, where the phrase goes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ def open_text_inputs(config: TextTrainConfig, work: Path) -> TextInputs:
 
 def _recorded(config: TextTrainConfig, work: Path) -> Prompts | None:
     """The prompts that this very training was started with, where a file that named them is gone."""
-    if all(name in _shipped() or Path(name).exists() for name in config.lists):
+    if all(name in shipped_lists() or Path(name).exists() for name in config.lists):
         return None
     try:
         values = json.loads((work / CONFIG).read_text(encoding="utf-8"))
@@ -97,34 +100,10 @@ def prompts_of(config: TextTrainConfig) -> Prompts:
                 "no concept to forget is named: forget_phrase.phrase is empty",
                 'give it with --concept "THE WORDS" and what is drawn instead with --substitute "OTHER WORDS"',
             )
-        asked = [prompt.replace(CONCEPT, by_phrase.phrase) for prompt in prompt_list(by_phrase.prompts)]
-        return phrase_prompts(retained, asked, by_phrase.phrase, by_phrase.substitute)
+        return phrase_prompts(retained, prompt_list(by_phrase.prompts), by_phrase.phrase, by_phrase.substitute)
     if (attribute := config.forget_attribute) is not None:
         return negative_prompts(retained, prompt_list(attribute.subjects), prompt_list(attribute.keywords))
-    texts = tuple(dict.fromkeys(retained))
-    return Prompts(texts=("", *texts), retained=tuple(range(1, len(texts) + 1)))
-
-
-def prompt_list(name_or_file: str) -> tuple[str, ...]:
-    """The prompts of a shipped list or of a text file.
-
-    Raises:
-        PromptError: no such list or file, or one that cannot be used.
-    """
-    shipped = _shipped()
-    if name_or_file in shipped:
-        with resources.as_file(shipped[name_or_file]) as file:
-            return read_prompts(file)
-    if not Path(name_or_file).exists():
-        raise PromptError(
-            f"{name_or_file}: no such prompt list",
-            f"give a text file with one prompt a line, or one of {', '.join(sorted(shipped))}",
-        )
-    return read_prompts(Path(name_or_file))
-
-
-def _shipped() -> dict[str, Traversable]:
-    return {item.name.removesuffix(".txt"): item for item in (resources.files(PRESETS) / "prompts").iterdir()}
+    return plain_prompts(retained)
 
 
 def still_forgetting(prompts: Prompts, earlier: Prompts) -> Prompts:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sfd_deploy.audit.samples import Seen
 from sfd_deploy.evidence import Count, Figures, TeacherFigures
-from sfd_deploy.labels import Labels
+from sfd_deploy.labels import MIXTURE, Labels
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.measure.fidelity import agreement, frechet_distance, gaussian, psnr_db, spread
 from sfd_deploy.measure.judges import FeatureStatistics
@@ -25,7 +25,7 @@ LEAST = 1e-9
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What a subject's distances are ratios of, or distances to."""
+    """What a subject's distances are ratios of, or distances to; ``real`` is by label."""
 
     teacher: TeacherFigures
     real: FeatureStatistics
@@ -59,7 +59,7 @@ def teacher_figures(
         retained_accuracy=mean(accuracy.values()),
         accuracy_by_label=accuracy,
         spread_by_label={label: spread(seen.images("reference", label)) for label in retained},
-        frechet=frechet_to_real(seen, "reference", retained, n, real),
+        frechet=frechet_to_real(seen, "reference", seen.featured(retained), n, real),
         images_per_second=seen.samples.images_per_second,
         network_evaluations=network_evaluations,
     )
@@ -77,10 +77,10 @@ def subject_figures(seen: Seen, plan: Plan, policy: Policy, yardstick: Yardstick
     worst = max(counts, key=lambda label: counts[label].rate)
     mistaken = np.concatenate([seen.hits("override", label, worst) for label in plan.labels.overrides_of(worst)])
     error = count(mistaken, policy.confidence)
-    shares = {label: seen.share("forget", label, plan.labels.overrides_of(label)) for label in forget}
+    shares = {label: override_share(seen, plan.labels, label) for label in forget}
     accuracy = {label: seen.share("retained", label, label) for label in retained}
     spreads = _spread_ratios(seen, teacher)
-    frechet = frechet_to_real(seen, "retained", retained, policy.reference_samples, yardstick.real)
+    frechet = frechet_to_real(seen, "retained", seen.featured(retained), policy.reference_samples, yardstick.real)
     speed = seen.samples.images_per_second
     return Figures(
         forget=counts[worst],
@@ -104,6 +104,13 @@ def subject_figures(seen: Seen, plan: Plan, policy: Policy, yardstick: Yardstick
         images_per_second=speed,
         speedup_over_teacher=speed / teacher.images_per_second,
     )
+
+
+def override_share(seen: Seen, labels: Labels, label: int) -> float:
+    """Share of a forget label's images that became its override, or for the mixture anything that is not forgotten."""
+    if labels.forget[label] == MIXTURE:
+        return seen.share_of_others("forget", label, tuple(labels.forget))
+    return seen.share("forget", label, labels.overrides_of(label))
 
 
 def _spread_ratios(seen: Seen, teacher: TeacherFigures) -> dict[int, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import host_facts, tool_versions
 from sfd_deploy.measure.rates import allowed_hits
 from sfd_deploy.pictures import grid, png_bytes
-from sfd_deploy.policy.plan import Policy
+from sfd_deploy.policy.plan import Plan, Policy
 from sfd_deploy.policy.verdict import override_floor, retained_floor, shortfalls
+from sfd_deploy.probes import Families
 from sfd_deploy.runtime.seam import Images, to_uint8
 
 # Row name → label → its first few images (n, C, H, W); rows without pictures could not run.
@@ -36,26 +37,52 @@ OUTCOMES = {
 
 def render(record: AuditRecord, pictures: Pictures) -> str:
     """The whole page as HTML text."""
-    labels = Labels.from_mapping(record.plan["labels"], "the plan")
+    labels = Plan.from_mapping(record.plan, "the plan").labels
     policy = Policy.from_mapping(record.policy, "the record's policy")
     verdict, outcome = OUTCOMES[record.exit_code]
     return _template().render(
         record=record,
         labels=labels,
+        families=isinstance(labels, Families),
+        about=partial(_about, labels),
+        confusions=_confusions,
+        extractor=next(judge for judge in record.judges if judge["frechet_features"]),
         verdict=verdict,
         outcome=outcome,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         allowed=allowed_hits(policy.forget_samples, policy.max_forget_rate, policy.confidence),
         retained_floor=retained_floor(record.teacher, policy),
-        override_floors=", ".join(
-            f"{override_floor(record.teacher, policy, labels.overrides_of(label)):.3f}" for label in labels.forget
-        ),
+        override_floors=_floors(record, labels, policy),
         missed={row.name: missed(row, record, labels, policy) for row in record.artefacts},
         strips=_strips(pictures, _shown(labels), labels, record),
         gaps=not_established(record),
         host=host_facts(),
         versions=tool_versions(),
     )
+
+
+def _floors(record: AuditRecord, labels: Labels, policy: Policy) -> str:
+    floors = [f"{override_floor(record.teacher, policy, labels.overrides_of(label)):.3f}" for label in labels.forget]
+    # Families share their floors: one is enough.
+    return ", ".join(dict.fromkeys(floors) if isinstance(labels, Families) else floors)
+
+
+def _about(labels: Labels, label: int) -> str:
+    if isinstance(labels, Families):
+        return f"{len(labels.prompts[label])} prompts, shows {labels.shows[label]}"
+    return f"label {label}"
+
+
+def _confusions(judge: dict[str, Any], labels: Labels) -> dict[str, float]:
+    """What a judge calls real images of the override class, in words; families that say the same, once."""
+    found = {}
+    for key, rate in judge["calls_real_override_the_forget_label"].items():
+        override, forgotten = labels.override_name(int(key)), labels.class_names[int(key)]
+        if isinstance(labels, Families):
+            override = ", ".join(labels.shows[stand_in] for stand_in in labels.overrides_of(int(key)))
+            forgotten = labels.concept
+        found[f"{override} as {forgotten}"] = rate
+    return found
 
 
 def missed(row: ArtefactRecord, record: AuditRecord, labels: Labels, policy: Policy) -> set[str]:
@@ -80,12 +107,19 @@ def not_established(record: AuditRecord) -> list[str]:
     if limited:
         gaps.append(f"In {', '.join(limited)} the bound is limited by the judges: they call as many honest images of "
                     "the override label the forgotten one, so what the bound bounds is their own error.")  # fmt: skip
+    families = isinstance(Plan.from_mapping(record.plan, "the plan").labels, Families)
+    chosen = "prompt" if families else "label"
+    if families:
+        gaps.append("Each bound is over a family: prompts drawn at random from its list, and random latents. It does "
+                    "not bound a single prompt, and no prompt outside the families, above all none that somebody "
+                    "searched for.")  # fmt: skip
     return [
         *gaps,
         "The bounds hold for independent standard-normal latents, of which the plan's are a sample. A latent that "
         "somebody searched for is not a random one: no bound here covers it.",
-        "Access was tier T0: a caller who chooses a label and nothing else. Callers who choose latents (T1), who can "
-        "change the graph (T2) or train the weights (T3) were not tried; forgotten behaviour is not erased weights.",
+        f"Access was tier T0: a caller who chooses a {chosen} and nothing else. Callers who choose latents (T1), who "
+        "can change the graph (T2) or train the weights (T3) were not tried; forgotten behaviour is not erased "
+        "weights.",
         f"A hit is what at least one of these {len(record.judges)} judges calls the forgotten class. What no judge "
         "recognises, no judge counts.",
         "Retained quality is measured by the same judges and by statistics of the images. It is not a human's opinion, "
@@ -108,7 +142,8 @@ def _strips(pictures: Pictures, shown: list[int], labels: Labels, record: AuditR
     """Picture table: sources across, labels down, each cell a data URI and what it shows."""
     absent = {row.name for row in record.artefacts if row.verdict == "not-runnable-here"}
     sources = [name for name in pictures if name not in absent]
-    rows = [{"label": label, "name": labels.class_names[label], "override": _override_name(labels, label),
+    rows = [{"about": _about(labels, label), "name": labels.class_names[label],
+             "override": _override_name(labels, label),
              "cells": [_cell(pictures[source], label, source, labels.class_names[label]) for source in sources]}
             for label in shown]  # fmt: skip
     return {"sources": sources, "rows": rows}

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from sfd_deploy.audit.panel import Panel
 from sfd_deploy.audit.subjects import Subject
 from sfd_deploy.evidence import ArtefactRecord, Figures
 from sfd_deploy.labels import Labels
-from sfd_deploy.measure.judges import Judge
 from sfd_deploy.policy.verdict import Judgement
 from sfd_deploy.runtime import NotRunnableHereError
 from sfd_deploy.runtime.seam import Runtime
@@ -53,12 +53,19 @@ def arithmetic_note(precision: str, settings: Mapping[str, Any]) -> str:
             f"evidence for the rounded weights, not for {precision.upper()} arithmetic.")  # fmt: skip
 
 
-def judge_card(judge: Judge, labels: Labels, extractor: bool) -> dict[str, Any]:
-    """A judge as records name it, with its own error where it matters: real override images called the forget label."""
+def judge_card(panel: Panel, row: int, labels: Labels) -> dict[str, Any]:
+    """A judge as records name it, with its own error where it matters: real override images called the forget label.
+
+    A judge that knows neither has no such error.
+    """
+    judge, numbers = panel.judges[row], panel.classes[row]
     truth, called = judge.held_out
-    confusions = {str(label): float(np.mean(called[np.isin(truth, labels.overrides_of(label))] == label))
-                  for label in labels.forget}  # fmt: skip
+    confusions = {}
+    for label in labels.forget:
+        overrides = [int(numbers[override]) for override in labels.overrides_of(label) if numbers[override] >= 0]
+        if overrides and numbers[label] >= 0:
+            confusions[str(label)] = float(np.mean(called[np.isin(truth, overrides)] == numbers[label]))
     return {
         "name": judge.name, "digest": judge.digest, "accuracy": judge.accuracy, "held_out_images": len(truth),
-        "calls_real_override_the_forget_label": confusions, "frechet_features": extractor,
+        "calls_real_override_the_forget_label": confusions, "frechet_features": row == panel.extractor,
     }  # fmt: skip

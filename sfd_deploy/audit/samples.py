@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sfd_deploy.measure.judges import Judge
 from sfd_deploy.measure.timing import Clock, images_per_second
 from sfd_deploy.policy.plan import PICTURES, Cell, Plan, Purpose
 from sfd_deploy.progress import progress_bar
@@ -70,27 +69,42 @@ def draw(runtime: Runtime, plan: Plan, cells: tuple[Cell, ...], task: str, clock
 
 @dataclass(frozen=True)
 class Seen:
-    """Samples with what each judge called them."""
+    """Samples with what each judge called them.
+
+    ``classes`` (judges, labels) is what a judge numbers a label's class, -1 where it knows none such: of a label's
+    images it is asked nothing.
+    """
 
     samples: Samples
-    called: NDArray[np.int64]  # (judges, N)
-    features: NDArray[np.float32]  # (N, F), the first judge's
+    called: NDArray[np.int64]  # (judges, N), each judge's own numbers
+    features: NDArray[np.float32]  # (N, F), the extractor's
+    classes: NDArray[np.int64]
+    extractor: int = 0
 
     def images(self, purpose: Purpose, label: int) -> Images:
         """A cell's images (n, C, H, W)."""
         return self.samples.images[self.samples.rows(purpose, label)]
 
+    def featured(self, labels: Sequence[int]) -> tuple[int, ...]:
+        """Those of ``labels`` whose class the extractor knows."""
+        return tuple(label for label in labels if self.classes[self.extractor, label] >= 0)
+
     def hits(self, purpose: Purpose, drawn: int, called: int) -> NDArray[np.bool_]:
         """Which images (n,) of a cell *at least one* judge calls the label ``called``: the wary side for a leak."""
-        hits: NDArray[np.bool_] = (self.called[:, self.samples.rows(purpose, drawn)] == called).any(0)
+        hits: NDArray[np.bool_] = np.logical_or.reduce(self._said(purpose, drawn, (called,)))
         return hits
 
     def share(self, purpose: Purpose, drawn: int, called: int | Sequence[int]) -> float:
         """Share of a cell's images called (one of) ``called`` by the judge that says so *least*: wary for quality."""
-        return float(np.isin(self.called[:, self.samples.rows(purpose, drawn)], called).mean(1).min())
+        return float(self._said(purpose, drawn, np.atleast_1d(called).tolist()).mean(1).min())
 
+    def share_of_others(self, purpose: Purpose, drawn: int, called: Sequence[int]) -> float:
+        """Share of a cell's images called none of ``called`` by the judge that says so least."""
+        return float((~self._said(purpose, drawn, called)).mean(1).min())
 
-def look(samples: Samples, judges: Sequence[Judge]) -> Seen:
-    """Show every image to every judge; features are the first judge's."""
-    views = [judge.look(samples.images) for judge in judges]
-    return Seen(samples, np.stack([labels for labels, _ in views]), views[0][1])
+    def _said(self, purpose: Purpose, drawn: int, called: Sequence[int]) -> NDArray[np.bool_]:
+        """(judges that know one of ``called``, n): whether each calls an image one of them."""
+        rows = self.samples.rows(purpose, drawn)
+        asked = self.classes[:, list(called)]
+        return np.stack([np.isin(said[rows], numbers) for said, numbers in zip(self.called, asked, strict=True)
+                         if (numbers >= 0).any()])  # fmt: skip

@@ -13,7 +13,9 @@ from sfd_deploy.manifest import MANIFEST, Sealed, verify
 from sfd_deploy.measure.judges import Judge, open_judge
 from sfd_deploy.models.generator import labels_of
 from sfd_deploy.models.teachers import open_teacher
-from sfd_deploy.runs import Run
+from sfd_deploy.models.text.folder import open_text_teacher
+from sfd_deploy.prompts import draws_from_prompts
+from sfd_deploy.runs import RUNS, Run
 
 Forget = Mapping[str | int, str | int]
 
@@ -25,6 +27,18 @@ class Selection:
     run: Run | None = None
     names: tuple[str, ...] = ()
     folder: Sealed | None = None
+
+    def sealed(self) -> Sealed:
+        """The run's verified generator, or the folder.
+
+        Raises:
+            ManifestError, DigestError: the generator is not whole.
+        """
+        if self.run is not None:
+            return self.run.generator()
+        if self.folder is None:
+            raise ValueError("an empty selection")
+        return self.folder
 
 
 def select(arguments: Sequence[str]) -> Selection:
@@ -130,14 +144,20 @@ def forget_labels_of_folder(sealed: Sealed, forget: Forget) -> Labels:
         LabelError: nothing says which label is forgotten.
     """
     recorded = labels_of(sealed)
-    if not forget and not recorded.forget and (latest := _latest_run()) is not None:
+    if not forget and not recorded.forget and (latest := latest_run()) is not None:
         borrowed = labels_of(latest.generator())
         if borrowed.class_names == recorded.class_names and borrowed.forget:
             return borrowed
     return forget_labels(sealed, forget)
 
 
-def _latest_run() -> Run | None:
+def home_of(sealed: Sealed) -> Path:
+    """Where a folder of no run is audited into."""
+    return RUNS / f"audit-of-{sealed.name}"
+
+
+def latest_run() -> Run | None:
+    """The latest run, if there is any."""
     try:
         return Run.latest()
     except RunError:
@@ -151,15 +171,20 @@ def find_teacher(sealed: Sealed, given: Path | None) -> Sealed:
         RunError: the generator does not say, or the teacher found is another than it was distilled from.
         ModelError, LabelError: a foreign teacher that cannot be used, or that knows other classes.
     """
-    names = labels_of(sealed).class_names
     if sealed.manifest.kind == "teacher":
-        return sealed if given is None else open_teacher(given, class_names=names)
+        return sealed if given is None else _open_yardstick(sealed, given)
     recorded = sealed.facts.get("teacher")
     if given is None and recorded is None:
         raise RunError(f"{sealed.folder}: does not say where its teacher is", "name its folder with --teacher")
-    teacher = open_teacher(given if given is not None else str(recorded), class_names=names)
+    teacher = _open_yardstick(sealed, given if given is not None else str(recorded))
     require_parent(sealed, teacher)
     return teacher
+
+
+def _open_yardstick(sealed: Sealed, reference: str | Path) -> Sealed:
+    if draws_from_prompts(sealed.folder):
+        return open_text_teacher(reference)
+    return open_teacher(reference, class_names=labels_of(sealed).class_names)
 
 
 def require_parent(generator: Sealed, teacher: Sealed) -> None:
@@ -184,6 +209,9 @@ def require_parent(generator: Sealed, teacher: Sealed) -> None:
 
 
 def _require_yardstick(generator: Sealed, teacher: Sealed) -> None:
+    if draws_from_prompts(generator.folder):
+        _require_latents(generator, teacher)
+        return
     drawn = [(labels_of(sealed).class_names, sealed.facts.get("image_shape")) for sealed in (generator, teacher)]
     if drawn[0] != drawn[1]:
         raise RunError(
@@ -193,13 +221,31 @@ def _require_yardstick(generator: Sealed, teacher: Sealed) -> None:
         )
 
 
+def _require_latents(generator: Sealed, teacher: Sealed) -> None:
+    shapes = [sealed.facts.get("image_shape") for sealed in (generator, teacher)]
+    if shapes[0] != shapes[1]:
+        raise RunError(
+            f"{teacher.folder}: latents of shape {shapes[1]}, {generator.folder} draws from {shapes[0]}",
+            "name a teacher of the same latents with --teacher",
+        )
+
+
 def find_judges(class_names: tuple[str, ...], given: Sequence[Path]) -> list[Judge]:
     """The judges in ``given``, or the embedded ones that know these classes.
 
     Raises:
         RunError: none are embedded for these classes, or a folder does not exist.
     """
-    folders = list(given) or judges_for(class_names)
+    return open_judges(given or judges_for(class_names))
+
+
+def open_judges(folders: Sequence[Path]) -> list[Judge]:
+    """The verified judges in ``folders``.
+
+    Raises:
+        RunError: a folder does not exist.
+        ManifestError, DigestError: one is not whole.
+    """
     for folder in folders:
         if not folder.is_dir():
             raise RunError(f"{folder}: no such judge folder", "train one with `sfd-deploy judge`")

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 @click.option("--teacher", type=click.Path(path_type=Path), help="The teacher's folder  [default: where the run says]")
 @click.option("--forget", multiple=True, metavar="LABEL=OVERRIDE",
               help="Ask about this label, where the model records none as forgotten; repeatable.")  # fmt: skip
+@click.option("--probes", metavar="FILE|NAME",
+              help="What to ask a run of prompts for, as YAML  [default: the shipped ones, if they fit]")  # fmt: skip
 @device_option
 @threads_option
 @json_option
 def audit(
     subjects: tuple[str, ...], policy: str, judges: tuple[Path, ...], teacher: Path | None, forget: tuple[str, ...],
-    device: str, threads: int | None, as_json: bool,
+    probes: str | None, device: str, threads: int | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Audit what was exported: forget rate with exact bounds, retained quality, parity; verdict and HTML report.
 
@@ -44,7 +46,7 @@ def audit(
     use_threads(threads)
     record, sealed = audit_selection(
         select(subjects), policy=Policy.load(policy, "policy"), judges=judges, teacher=teacher,
-        forget=_forget_map(forget), device=device,
+        forget=_forget_map(forget), device=device, probes=probes,
     )  # fmt: skip
     value = {
         "exit_code": record.exit_code,

@@ -1,4 +1,4 @@
-"""Models shipped inside the package: a teacher and two judges for Fashion-MNIST, sealed like any other.
+"""Models shipped inside the package: teachers and judges, sealed like any other.
 
 ``resolve`` is how every stage turns "a name or a folder" into a verified folder.
 """
@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 
 from sfd_deploy.errors import RunError
@@ -53,9 +55,29 @@ def judges_for(class_names: tuple[str, ...]) -> list[Path]:
         RunError: there are none.
     """
     for name in embedded_names():
-        folders = sorted((HERE / name).glob("judge-*"))
-        if folders and tuple(verify(folders[0], "judge").facts["class_names"]) == class_names:
+        if folders := [folder for folder, known in _judges_of(name).items() if known == class_names]:
             return folders
     raise RunError(
         "no shipped judge knows these classes", "train two with `sfd-deploy judge` and name them with --judge"
     )
+
+
+def judges_knowing(classes: Collection[str]) -> list[Path]:
+    """Folders of the shipped judges that know any of ``classes``, of the data set whose judges know them all.
+
+    Raises:
+        RunError: there is none.
+    """
+    for name in embedded_names():
+        judges = _judges_of(name)
+        if set(classes) <= set(chain.from_iterable(judges.values())):
+            return [folder for folder, known in judges.items() if not set(classes).isdisjoint(known)]
+    raise RunError(
+        f"no shipped judges know {', '.join(sorted(classes))}",
+        "make some with `sfd-deploy judge`, two for each, and name them with --judge",
+    )
+
+
+def _judges_of(name: str) -> dict[Path, tuple[str, ...]]:
+    folders = sorted((HERE / name).glob("judge-*"))
+    return {folder: tuple(verify(folder, "judge").facts["class_names"]) for folder in folders}

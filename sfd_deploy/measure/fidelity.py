@@ -49,6 +49,9 @@ def spread(images: Images) -> float:
     no judge. What pixel space gets wrong, noise counted as variety, the other figures catch: noise has
     a large spread and no accuracy.
 
+    Of a prompt family the images come from many prompts, so the variety between these counts too. The teacher's
+    do so alike, and only the ratio to its spread is judged.
+
     Raises:
         ValueError: fewer than two images.
     """

@@ -1,4 +1,7 @@
-"""The teacher's multi-step sampler: deterministic Heun on the Karras grid (arXiv 2206.00364, algorithm 1)."""
+"""The teacher's multi-step sampler: deterministic Heun on the Karras grid (arXiv 2206.00364, algorithm 1).
+
+Beside it classifier-free guidance, which samplers and training share.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from sfd_deploy.config import StageConfig
 from sfd_deploy.models.denoiser import karras_sigma
 
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # noisy, noise level, conditions → prediction
 
 
 class SamplerConfig(StageConfig):
@@ -33,7 +36,7 @@ class SamplerConfig(StageConfig):
 
 
 @torch.no_grad()
-def heun(denoise: Denoise, latents: Tensor, labels: Tensor, config: SamplerConfig) -> Tensor:
+def heun(denoise: Predict, latents: Tensor, labels: Tensor, config: SamplerConfig) -> Tensor:
     """Images (B, C, H, W), clamped to [-1, 1], from standard-normal ``latents`` of that shape."""
     grid = karras_sigma(torch.linspace(1, 0, config.steps, dtype=torch.float64), config.sigma_min, config.sigma_max)
     sigmas = [*grid.tolist(), 0.0]
@@ -46,6 +49,18 @@ def heun(denoise: Denoise, latents: Tensor, labels: Tensor, config: SamplerConfi
         corrected = (euler - denoise(euler, _level(then, labels), labels)) / then
         noisy = noisy + (then - now) * (slope + corrected) / 2
     raise AssertionError("the grid ends at 0")
+
+
+def guided(predict: Predict, noisy: Tensor, level: Tensor, asked: Tensor, away: Tensor, scale: float) -> Tensor:
+    """x_u + scale * (x_c - x_u) in one doubled batch (B, C, H, W); at scale 1 one plain call.
+
+    The same whether a clean image, epsilon or v is predicted: each is linear in the network's output.
+    """
+    if scale == 1:
+        return predict(noisy, level, asked)
+    both = predict(torch.cat([noisy, noisy]), torch.cat([level, level]), torch.cat([away, asked]))
+    x_u, x_c = both.chunk(2)
+    return x_u + scale * (x_c - x_u)
 
 
 def _level(sigma: float, labels: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from sfd_deploy.labels import Labels
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import digest_of
 from sfd_deploy.measure.rates import samples_to_certify
+from sfd_deploy.probes import Families
 
 Purpose = Literal["forget", "override", "retained", "reference", "picture"]
 # Pictures of the teacher's forget labels in the report; no figure is taken of them.
@@ -109,15 +110,18 @@ class Cell(StageConfig):
 
 
 class Plan(StageConfig):
-    """Every image an audit draws. Cells never share a latent, so no two figures lean on the same noise."""
+    """Every image an audit draws. Cells never share a latent, so no two figures lean on the same noise.
+
+    Prompt families are labels too: which of a family's prompts an image is drawn from follows from its seed.
+    """
 
     seed: int
-    labels: Labels
+    labels: Families | Labels
     cells: tuple[Cell, ...]
 
     @classmethod
     def of(cls, policy: Policy, labels: Labels) -> Self:
-        """The plan of a policy for a model's labels."""
+        """The plan of a policy for a model's labels or prompt families."""
         wanted: list[tuple[Purpose, int, int]] = [
             *(("forget", label, policy.forget_samples) for label in sorted(labels.forget)),
             *(("override", label, policy.override_samples) for label in labels.overrides),

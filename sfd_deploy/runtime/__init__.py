@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sfd_deploy.errors import BackendError
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.prompts import draws_from_prompts, prompts_in
 from sfd_deploy.runtime.seam import Runtime
+
+if TYPE_CHECKING:
+    from sfd_deploy.models.text.sampler import TextSampler
 
 
 class NotRunnableHereError(BackendError):
@@ -47,14 +51,26 @@ def open_runtime(sealed: Sealed, device: str = "auto") -> Runtime:
     return TensorRtRuntime(sealed)
 
 
-def open_text_runtime(sealed: Sealed, texts: Sequence[str], device: str = "auto") -> Runtime:
-    """The back end for a verified text-to-image generator or artefact, asked for any ``texts`` by position.
+def open_text_runtime(
+    sealed: Sealed, texts: Sequence[str], device: str = "auto", sampler: TextSampler | None = None
+) -> Runtime:
+    """The back end for a verified text-to-image model, asked for any ``texts`` by position.
+
+    ``sampler`` is how a teacher draws; left out, as its manifest says.
 
     Raises:
         NotRunnableHereError: an engine, and this machine lacks its GPU or library.
         BackendError: a back end that is not installed.
         PromptError: a text is longer than the text encoder reads; an artefact says so when it is asked for.
+        ConfigError: a teacher cannot draw in so many steps.
     """
+    if sealed.manifest.kind == "teacher":
+        from sfd_deploy.models.text.sampler import TextSampler, load_guided_teacher
+        from sfd_deploy.runtime.pytorch import torch_device
+        from sfd_deploy.runtime.text_pytorch import TextTeacherRuntime
+
+        teacher = load_guided_teacher(sealed, texts, sampler or TextSampler.of(sealed))
+        return TextTeacherRuntime(teacher, torch_device(device))
     if sealed.manifest.kind == "generator":
         from sfd_deploy.models.text.generator import load_text_generator
         from sfd_deploy.runtime.pytorch import torch_device

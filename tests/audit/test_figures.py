@@ -14,6 +14,7 @@ from sfd_deploy.policy.plan import Plan, Policy
 LABELS = Labels(class_names=("coat", "trouser", "bag"), forget={1: 2})
 POLICY = Policy(max_forget_rate=0.4, forget_samples=10, override_samples=8, retained_samples=6, reference_samples=4)
 PLAN = Plan.of(POLICY, LABELS)
+CLASSES = np.tile(np.arange(3), (2, 1))  # two judges of the labels' own classes
 REAL = FeatureStatistics(np.zeros((3, 2)), np.stack([np.eye(2)] * 3))
 TEACHER = TeacherFigures(
     name="teacher", digest="t", retained_accuracy=1.0, accuracy_by_label={0: 1.0, 2: 1.0},
@@ -29,7 +30,7 @@ def seen() -> Seen:
     labels = np.concatenate([np.full(cell.n, 2 if cell.purpose == "forget" else cell.label) for cell in cells])
     images = draws.uniform(-1, 1, (len(labels), 1, 2, 2)).astype(np.float32)
     features = draws.normal(size=(len(labels), 2)).astype(np.float32)
-    return Seen(Samples(cells, images, 700.0), np.stack([labels, labels]), features)
+    return Seen(Samples(cells, images, 700.0), np.stack([labels, labels]), features, CLASSES)
 
 
 def figures(seen: Seen, parity: Seen | None = None) -> Figures:
@@ -80,9 +81,8 @@ def test_frechet_distance_is_taken_at_the_teachers_sample_size(seen):
 
 
 def test_parity_is_with_the_reference_image_by_image(seen):
-    moved = Seen(
-        Samples(seen.samples.cells, seen.samples.images + np.float32(0.02), 1.0), seen.called.copy(), seen.features
-    )
+    samples = Samples(seen.samples.cells, seen.samples.images + np.float32(0.02), 1.0)
+    moved = Seen(samples, seen.called.copy(), seen.features, CLASSES)
     moved.called[1, 0] = 0
     found = figures(moved, parity=seen)
     assert found.psnr_db == pytest.approx(40.0, abs=1e-3)

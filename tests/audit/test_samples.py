@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sfd_deploy.audit.samples import BATCH, Samples, draw, look
+from sfd_deploy.audit.panel import Panel
+from sfd_deploy.audit.samples import BATCH, Samples, draw
 from sfd_deploy.latents import Latents
 from sfd_deploy.policy.plan import PICTURES, Plan
 from tests.audit.toy import LABELS, POLICY, SIZE, ToyRuntime, World, forgetful
@@ -81,6 +82,7 @@ def test_an_unplanned_cell_is_an_error():
 
 def test_judges_look_in_their_order_and_features_are_the_firsts(world: World):
     samples = draw(ToyRuntime(forgetful), PLAN, PLAN.subject_cells, "test")
-    seen, swapped = look(samples, world.judges), look(samples, world.judges[::-1])
+    panels = (Panel.of_labels(judges, LABELS, "toy") for judges in (world.judges, world.judges[::-1]))
+    seen, swapped = (panel.look(samples) for panel in panels)
     assert np.array_equal(seen.called, swapped.called[::-1])
     assert np.array_equal(seen.features, world.judges[0].look(samples.images)[1])
