@@ -68,6 +68,17 @@ def load_images(source: Path, split: str, class_names: tuple[str, ...] = ()) -> 
     return _read_folders(source, split)
 
 
+def load_held_out(source: Path, class_names: tuple[str, ...] = ()) -> LabelledImages:
+    """What somebody else's judge is measured on: the test split; of class sub-folders without splits, every image.
+
+    Raises:
+        DataError: as ``load_images``.
+    """
+    if source.is_dir() and not (source / "test").is_dir() and _idx_file(source, "t10k-images-idx3-ubyte") is None:
+        return _read_folders(source, None)
+    return load_images(source, "test", class_names)
+
+
 def _read_digits(split: str, class_names: tuple[str, ...]) -> LabelledImages:
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # it ships no types
@@ -118,9 +129,9 @@ def _idx_array(path: Path, magic: int, dimensions: int) -> NDArray[np.uint8]:
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
-def _read_folders(source: Path, split: str) -> LabelledImages:
-    has_splits = (source / split).is_dir()
-    root = source / split if has_splits else source
+def _read_folders(source: Path, split: str | None) -> LabelledImages:
+    has_splits = split is not None and (source / split).is_dir()
+    root = source / str(split) if has_splits else source
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     if not folders:
         raise DataError(
@@ -130,10 +141,10 @@ def _read_folders(source: Path, split: str) -> LabelledImages:
     labels: list[int] = []
     for label, folder in enumerate(folders):
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        if not has_splits:
+        if split is not None and not has_splits:
             files = [path for i, path in enumerate(files) if (i % 10 == 9) == (split == "test")]
         if not files:
-            raise DataError(f"{folder}: no images for the {split} split", "put images there")
+            raise DataError(f"{folder}: no images{f' for the {split} split' if split else ''}", "put images there")
         for path in files:
             images.append(_read_image(path))
             if images[-1].shape != images[0].shape:

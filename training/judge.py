@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfd_deploy.config import StageConfig
-from sfd_deploy.errors import LimitError
 from sfd_deploy.manifest import Sealed, verify
-from sfd_deploy.measure.judges import HELD_OUT, REFERENCE, WEIGHTS, Classifier, ClassifierConfig
+from sfd_deploy.measure.judges import WEIGHTS, Classifier, ClassifierConfig
+from sfd_deploy.measure.sealing import measure_judge
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.training.checkpoint import Checkpoint
 from sfd_deploy.training.data import LabelledImages, load_images
@@ -155,43 +153,13 @@ def seal_judge(
     """Measure a trained judge on held-out real images and seal it.
 
     Raises:
+        DataError: a class without two images.
         LimitError: its accuracy is below ``config.min_accuracy``.
     """
-    predictions, features = _look(classifier.to("cpu"), held_out)
-    accuracy = float((predictions == held_out.labels).mean())
-    if accuracy < config.min_accuracy:
-        raise LimitError(
-            f"judge accuracy is {accuracy:.4f}, the config wants {config.min_accuracy}", "train longer or wider"
-        )
-    classes = range(len(held_out.class_names))
-    confusion = [[int(((held_out.labels == i) & (predictions == j)).sum()) for j in classes] for i in classes]
-    by_class = [features[held_out.labels == label].astype(np.float64) for label in classes]
-    facts = {
-        "class_names": list(held_out.class_names),
-        "classifier": config.classifier.resolved(),
-        "data": data_name,
-        "held_out_images": len(held_out),
-        "accuracy": accuracy,
-        "confusion": confusion,
-        "features": int(features.shape[1]),
-    }
+    measured = measure_judge(classifier.to("cpu"), held_out, held_out.class_names)
+    measured.require(config.min_accuracy)
+    facts = {"classifier": config.classifier.resolved(), "data": data_name, **measured.facts}
     with sealed_folder(target, "judge", config=config.resolved(), seed=config.seed, facts=facts) as folder:
         save_file(classifier.state_dict(), folder / WEIGHTS)
-        pair = {"labels": held_out.labels.astype(np.int16), "predictions": predictions.astype(np.int16)}
-        save_file({key: torch.from_numpy(value) for key, value in pair.items()}, folder / HELD_OUT)
-        statistics = {
-            "mean": torch.from_numpy(np.stack([rows.mean(0) for rows in by_class])).float(),
-            "covariance": torch.from_numpy(np.stack([np.cov(rows.T) for rows in by_class])).float(),
-        }
-        save_file(statistics, folder / REFERENCE)
+        measured.write(folder)
     return verify(target, "judge")
-
-
-@torch.inference_mode()
-def _look(classifier: Classifier, data: LabelledImages) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    predictions, features = [], []
-    for rows in torch.arange(len(data)).split(256):
-        found = classifier.features(data.batch(rows)[0])
-        features.append(found)
-        predictions.append(classifier.head(found).argmax(1))
-    return torch.cat(predictions).numpy(), torch.cat(features).numpy()

@@ -20,12 +20,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
-data_option = click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="IDX files, class sub-folders (optionally below train/ and test/), or the word digits.",
-)
+DATA_HELP = "IDX files, class sub-folders (optionally below train/ and test/), or the word digits."
+data_option = click.option("--data", type=click.Path(path_type=Path), required=True, help=DATA_HELP)
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), default=None, help="CPU threads of PyTorch; left out, its own choice."
 )

@@ -1,8 +1,8 @@
-"""Judges: classifiers that name what was drawn, with their own error on real images.
+"""Judges: what names what was drawn, with its own error on real images.
 
-A judge is a sealed folder: ``judge.safetensors`` (weights), ``held_out.safetensors`` (labels and
-predictions on held-out real images), ``reference.safetensors`` (per-class mean and covariance of
-its features on those images), and a manifest whose facts are the card.
+A judge is a sealed folder: ``judge.safetensors`` (weights) or ``model/`` (somebody else's, ``measure/foreign``),
+``held_out.safetensors`` (labels and predictions on held-out real images), ``reference.safetensors``
+(per-class mean and covariance of its features on those images), and a manifest whose facts are the card.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,11 +20,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sfd_deploy.config import StageConfig
-from sfd_deploy.errors import LabelError
+from sfd_deploy.errors import LabelError, ModelError
 from sfd_deploy.manifest import Sealed, verify
 from sfd_deploy.runtime.seam import Images
 
 WEIGHTS, HELD_OUT, REFERENCE = "judge.safetensors", "held_out.safetensors", "reference.safetensors"
+
+
+class Sight(Protocol):
+    """What a judge looks with: a network trained here, or somebody else's model."""
+
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels int64 (B,) and features float32 (B, F) of images (B, C, H, W) in [-1, 1]."""
+        ...
 
 
 class ClassifierConfig(StageConfig):
@@ -56,6 +64,11 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes)."""
         return cast(Tensor, self.head(self.features(images)))
+
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (B,) and pooled features (B, F) of images (B, C, H, W) in [-1, 1]."""
+        found = self.features(images)
+        return self.head(found).argmax(1), found
 
 
 def _plain_body(channels: int, widths: tuple[int, ...]) -> nn.Module:
@@ -93,12 +106,12 @@ def _residual_body(channels: int, widths: tuple[int, ...]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Judge:
-    """A classifier opened from a verified folder."""
+    """A judge opened from a verified folder."""
 
     name: str
     digest: str
     class_names: tuple[str, ...]
-    classifier: Classifier
+    sight: Sight
     reference: FeatureStatistics
     held_out: NDArray[np.int64]  # (2, N): true labels, predictions
     accuracy: float
@@ -106,12 +119,23 @@ class Judge:
     @torch.inference_mode()
     def look(self, images: Images, batch: int = 256) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Predicted labels (N,) and features (N, F) of images (N, C, H, W) in [-1, 1]."""
-        labels, features = [], []
-        for part in torch.from_numpy(images).clamp(-1, 1).split(batch):
-            found = self.classifier.features(part)
-            features.append(found)
-            labels.append(self.classifier.head(found).argmax(1))
+        seen = [self.sight.see(part) for part in torch.from_numpy(images).clamp(-1, 1).split(batch)]
+        labels, features = zip(*seen, strict=True)
         return torch.cat(labels).numpy(), torch.cat(features).numpy()
+
+    @property
+    def classifier(self) -> Classifier:
+        """The network of a judge that was trained here, for what asks it more than its opinion.
+
+        Raises:
+            ModelError: the judge was adopted.
+        """
+        if not isinstance(self.sight, Classifier):
+            raise ModelError(
+                f"judge {self.name} was adopted: it names images, and has no network to be asked on a device",
+                "name a judge trained with `sfd-deploy judge --config` here",
+            )
+        return self.sight
 
 
 @dataclass(frozen=True)
@@ -140,24 +164,35 @@ def open_judge(folder: Path) -> Judge:
 
 
 def load_judge(sealed: Sealed) -> Judge:
-    """Build the classifier of a verified judge folder."""
-    class_names = tuple(sealed.facts["class_names"])
-    classifier = ClassifierConfig.from_mapping(sealed.facts["classifier"], str(sealed.folder)).build(len(class_names))
-    classifier.load_state_dict(load_file(sealed.folder / WEIGHTS))
-    # Channels last is a third faster on a CPU. Torch's stub does not know the argument.
-    classifier = classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """Open the network or adopted model of a verified judge folder.
+
+    Raises:
+        ModelError, BackendError: an adopted model that does not run here.
+    """
     held_out = load_file(sealed.folder / HELD_OUT)
     statistics = load_file(sealed.folder / REFERENCE)
     pair = np.stack([held_out["labels"].numpy(), held_out["predictions"].numpy()]).astype(np.int64)
     return Judge(
         name=sealed.name,
         digest=sealed.digest,
-        class_names=class_names,
-        classifier=classifier,
+        class_names=tuple(sealed.facts["class_names"]),
+        sight=_sight(sealed),
         reference=FeatureStatistics(statistics["mean"].double().numpy(), statistics["covariance"].double().numpy()),
         held_out=pair,
         accuracy=float((pair[0] == pair[1]).mean()),
     )
+
+
+def _sight(sealed: Sealed) -> Sight:
+    if "adopted" in sealed.facts:
+        from sfd_deploy.measure.foreign.adopt import open_adopted  # late: most judges need none of it
+
+        return open_adopted(sealed)
+    config = ClassifierConfig.from_mapping(sealed.facts["classifier"], str(sealed.folder))
+    classifier = config.build(len(sealed.facts["class_names"]))
+    classifier.load_state_dict(load_file(sealed.folder / WEIGHTS))
+    # Channels last is a third faster on a CPU. Torch's stub does not know the argument.
+    return classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
 
 
 def require_same_classes(judges: Sequence[Judge], class_names: Sequence[str], owner: str) -> None:
