@@ -217,7 +217,7 @@ def require_audited_images(server: Server, model: str, probe: Probe) -> None:
     """
     addresses: dict[Transport, str] = {"http": server.http, "grpc": server.grpc}
     for protocol, address in addresses.items():
-        with contextlib.closing(TritonRuntime(address, model, protocol)) as endpoint:
+        with contextlib.closing(TritonRuntime(address, model, protocol, texts=probe.texts)) as endpoint:
             served = endpoint.draw_uint8(Latents(probe.seeds), probe.labels)
         if (gap := int(np.abs(served.astype(np.int16) - probe.images).max())) > 1:
             raise LimitError(

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -21,32 +21,40 @@ from sfd_deploy import latents
 from sfd_deploy.errors import BackendError, DigestError, ManifestError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import Sealed, sha256_file
+from sfd_deploy.prompts import draws_from_prompts
 from sfd_deploy.serving.config import ServingConfig
 
 Flavour = Literal["python", "onnxruntime", "tensorrt"]
 # Which flavours can serve an artefact, by the runtime it was made for. Triton cannot load trt-rtx engines.
 FLAVOURS: dict[str, tuple[Flavour, ...]] = {"onnxruntime": ("python", "onnxruntime"), "trt": ("tensorrt",)}
+# Prompts take a tokenizer and three graphs in a chain, which the python back end alone has.
+TEXT_FLAVOURS: dict[str, tuple[Flavour, ...]] = {"onnxruntime": ("python",)}
 PROBE = "probe.npz"
-BACKEND = Path(__file__).with_name("backend") / "model.py"
+BACKEND = Path(__file__).with_name("backend")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Images (B, C, H, W) uint8 that the artefact itself drew for ``labels`` and ``seeds`` (B,)."""
+    """Images (B, C, H, W) uint8 that the artefact itself drew for ``labels`` and ``seeds`` (B,).
+
+    ``texts`` are the prompts that ``labels`` number, None where they are class labels.
+    """
 
     labels: NDArray[np.int64]
     seeds: NDArray[np.int64]
     images: NDArray[np.uint8]
+    texts: tuple[str, ...] | None = None
 
     def save(self, path: Path) -> None:
         """Write as an .npz file."""
-        np.savez(path, labels=self.labels, seeds=self.seeds, images=self.images)
+        texts = np.array(self.texts or (), np.str_)
+        np.savez(path, labels=self.labels, seeds=self.seeds, images=self.images, texts=texts)
 
     @classmethod
     def load(cls, path: Path) -> Probe:
         """Read what ``save`` wrote."""
         with np.load(path, allow_pickle=False) as found:
-            return cls(found["labels"], found["seeds"], found["images"])
+            return cls(found["labels"], found["seeds"], found["images"], tuple(found["texts"].tolist()) or None)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,17 @@ class Entry:
         """Class names and what was forgotten."""
         return Labels.from_mapping(self.artefact.facts["labels"], str(self.artefact.folder))
 
+    @property
+    def draws_from_prompts(self) -> bool:
+        """Whether it is asked by prompt, not by class label."""
+        return draws_from_prompts(self.artefact.folder)
+
+
+def flavours_of(artefact: Sealed) -> tuple[Flavour, ...]:
+    """The flavours that can serve an artefact; none is what Triton cannot serve."""
+    known = TEXT_FLAVOURS if draws_from_prompts(artefact.folder) else FLAVOURS
+    return known.get(artefact.facts["runtime"], ())
+
 
 def write_model(repository: Path, flavour: Flavour, entry: Entry, config: ServingConfig) -> None:
     """Write ``repository/<name>`` with its configuration and version 1.
@@ -96,25 +115,39 @@ def write_model(repository: Path, flavour: Flavour, entry: Entry, config: Servin
 
 
 def _copy_model_files(artefact: Sealed, version: Path) -> None:
-    # model.onnx or model.plan, and external weights if there are any.
+    # model.onnx or model.plan, here or one in each part's folder, and external weights if there are any.
     for name, record in artefact.manifest.files.items():
-        if name.startswith("model."):
+        if PurePosixPath(name).name.startswith("model."):
+            (version / name).parent.mkdir(exist_ok=True)
             copied = Path(shutil.copyfile(artefact.folder / name, version / name))
             if (found := sha256_file(copied)) != record.sha256:
                 raise DigestError(artefact.folder / name, record.sha256, found)
 
 
 def _add_python_files(entry: Entry, version: Path) -> None:
-    shutil.copyfile(BACKEND, version / "model.py")
+    shutil.copyfile(BACKEND / "model.py", version / "model.py")
     shutil.copyfile(latents.__file__, version / "latents.py")
+    drawing = "prompts.py" if entry.draws_from_prompts else "labels.py"
+    shutil.copyfile(BACKEND / drawing, version / "drawing.py")
+    own = _text_facts(entry, version) if entry.draws_from_prompts else {"labels": entry.labels.count}
     facts = {
-        "files": {path.name: sha256_file(path) for path in sorted(version.iterdir())},
-        "labels": entry.labels.count,
+        "files": {
+            path.relative_to(version).as_posix(): sha256_file(path)
+            for path in sorted(version.rglob("*")) if path.is_file()
+        },
+        **own,
         "image_shape": entry.image_shape,
         "settings": dict(entry.settings),
         "evidence": dict(entry.evidence),
-    }
+    }  # fmt: skip
     (version / "serving.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _text_facts(entry: Entry, version: Path) -> dict[str, Any]:
+    from sfd_deploy.serving.tokens import TOKENIZER, write_tokenizer  # late: it needs transformers
+
+    tokens = write_tokenizer(entry.artefact, version / TOKENIZER)
+    return {"tokens": tokens, "latent_shape": entry.artefact.facts["latent_shape"]}
 
 
 def model_config(flavour: Flavour, entry: Entry, config: ServingConfig) -> Any:
@@ -124,7 +157,10 @@ def model_config(flavour: Flavour, entry: Entry, config: ServingConfig) -> Any:
     message = pb.ModelConfig(name=entry.name, backend=flavour, max_batch_size=largest)
     message.version_policy.specific.versions.append(1)
     if flavour == "python":
-        message.input.add(name="class_labels", data_type=pb.TYPE_INT64, dims=[1])
+        if entry.draws_from_prompts:
+            message.input.add(name="prompt", data_type=pb.TYPE_STRING, dims=[1])
+        else:
+            message.input.add(name="class_labels", data_type=pb.TYPE_INT64, dims=[1])
         message.input.add(name="seed", data_type=pb.TYPE_INT64, dims=[1])
         message.output.add(name="images", data_type=pb.TYPE_UINT8, dims=entry.image_shape)
     else:

@@ -15,10 +15,12 @@ from sfd_deploy.errors import ManifestError
 from sfd_deploy.evidence import ArtefactRecord, AuditRecord, EvidenceError, read_record, require_pass
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import Sealed, verify
+from sfd_deploy.prompts import draws_from_prompts
 from sfd_deploy.runs import Run, sealed_folder
+from sfd_deploy.runtime.conditions import Conditions, conditions_of
 from sfd_deploy.runtime.seam import Runtime, draw_all, to_uint8
 from sfd_deploy.serving.config import ServingConfig
-from sfd_deploy.serving.repository import FLAVOURS, Entry, Probe, batch_range, write_model
+from sfd_deploy.serving.repository import Entry, Probe, batch_range, flavours_of, write_model
 
 REPOSITORY = "repository"
 
@@ -50,7 +52,7 @@ def build_repository(
     target = run.folder / REPOSITORY
     with sealed_folder(target, "repository", parents=parents, config=config.resolved(), facts=facts) as folder:
         for entry in entries:
-            for flavour in FLAVOURS[entry.artefact.facts["runtime"]]:
+            for flavour in flavours_of(entry.artefact):
                 write_model(folder / flavour, flavour, entry, config)
                 facts["models"].append({"name": entry.name, "repository": flavour, **entry.evidence})
     return verify(target, "repository")
@@ -62,24 +64,31 @@ def _left_out(run: Run, record: AuditRecord) -> dict[str, str]:
 
 
 def _reason(artefact: Sealed, row: ArtefactRecord | None) -> str:
-    if artefact.facts["runtime"] not in FLAVOURS:
-        return f"Triton cannot load a {artefact.facts['runtime']} engine"
+    if unserved := _unserved(artefact):
+        return unserved
     if row is None:
         return "not audited"
     return "" if row.verdict == "pass" else f"verdict {row.verdict}"
 
 
+def _unserved(artefact: Sealed) -> str:
+    """Why Triton cannot serve an artefact, whatever its audit says; nothing where it can."""
+    if flavours_of(artefact):
+        return ""
+    if draws_from_prompts(artefact.folder):
+        return "prompts are served by the python back end, from ONNX graphs"
+    return f"Triton cannot load a {artefact.facts['runtime']} engine"
+
+
 def _entry(artefact: Sealed, audit: Sealed, record: AuditRecord, policy_digest: str) -> Entry:
-    runtime_name = artefact.facts["runtime"]
-    if runtime_name not in FLAVOURS:
-        raise EvidenceError(
-            f"{artefact.name}: Triton cannot load a {runtime_name} engine", f"serve one of {', '.join(FLAVOURS)}"
-        )
+    if unserved := _unserved(artefact):
+        raise EvidenceError(f"{artefact.name}: {unserved}", "serve an artefact of ONNX graphs")
     row = _require_audited(record, artefact, policy_digest)
-    runtime = _open_as_served(artefact, row)
+    asked = conditions_of(artefact)
+    runtime = _open_as_served(artefact, row, asked)
     try:
         require_pass(record, artefact, runtime.name, dict(runtime.settings), policy_digest)
-        probe = _draw_probe(runtime, artefact)
+        probe = _draw_probe(runtime, artefact, asked)
     finally:
         runtime.close()
     evidence = {
@@ -95,26 +104,28 @@ def _require_audited(record: AuditRecord, artefact: Sealed, policy_digest: str) 
     return require_pass(record, artefact, row.runtime if row else "", row.settings if row else {}, policy_digest)
 
 
-def _open_as_served(artefact: Sealed, row: ArtefactRecord) -> Runtime:
+def _open_as_served(artefact: Sealed, row: ArtefactRecord, asked: Conditions) -> Runtime:
     """The artefact in the runtime that Triton will run it in; the thread count is the audit's."""
     if artefact.facts["runtime"] == "trt":
-        from sfd_deploy.runtime import open_runtime
+        return asked.open(artefact)
+    # A row without a thread count equals no runtime's settings and is refused afterwards.
+    precision, threads = artefact.facts["precision"], int(row.settings.get("threads", 0))
+    if asked.texts is not None:
+        from sfd_deploy.runtime.text import TextOnnxRuntime
 
-        return open_runtime(artefact)
+        return TextOnnxRuntime(artefact.folder, precision, asked.texts, "cpu", threads)
     from sfd_deploy.runtime.ort import OnnxRuntime
 
-    # A row without a thread count equals no runtime's settings and is refused afterwards.
-    threads = int(row.settings.get("threads", 0))
-    return OnnxRuntime(artefact.folder / "model.onnx", artefact.facts["precision"], "cpu", threads)
+    return OnnxRuntime(artefact.folder / "model.onnx", precision, "cpu", threads)
 
 
-def _draw_probe(runtime: Runtime, artefact: Sealed) -> Probe:
+def _draw_probe(runtime: Runtime, artefact: Sealed, asked: Conditions) -> Probe:
     shape = tuple(artefact.facts["image_shape"])
     if runtime.image_shape != shape:
         raise ManifestError(
             f"{artefact.folder}: draws images of {runtime.image_shape}, its manifest says {shape}", "export it again"
         )
-    labels = np.arange(len(artefact.facts["labels"]["class_names"]), dtype=np.int64)
+    labels = np.arange(len(asked.names), dtype=np.int64)
     latents = Latents.of_stream("sample", 0, 0, len(labels))
     _, largest = batch_range(artefact)
-    return Probe(labels, latents.seeds, to_uint8(draw_all(runtime, latents, labels, largest)))
+    return Probe(labels, latents.seeds, to_uint8(draw_all(runtime, latents, labels, largest)), asked.texts)

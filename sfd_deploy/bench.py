@@ -16,12 +16,14 @@ from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.measure.judges import Judge
 from sfd_deploy.measure.rates import paired_test, upper_bound
-from sfd_deploy.measure.timing import Timing, time_interleaved
+from sfd_deploy.measure.timing import Draw, Timing, time_interleaved
 from sfd_deploy.models.generator import labels_of
 from sfd_deploy.models.teachers import open_teacher
 from sfd_deploy.runs import Run
-from sfd_deploy.runtime import NotRunnableHereError, open_runtime
+from sfd_deploy.runtime import NotRunnableHereError
+from sfd_deploy.runtime.conditions import Conditions, conditions_of
 from sfd_deploy.runtime.seam import Runtime, draw_all
+from sfd_deploy.runtime.text import Part, TextOnnxRuntime
 
 TEACHER, GENERATOR = "teacher", "generator"
 DRAW_BATCH = 64
@@ -29,7 +31,7 @@ DRAW_BATCH = 64
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """One runtime at one batch size; the ratios are medians over interleaved rounds."""
+    """One runtime, or one part of it, at one batch size; the ratios are medians over interleaved rounds."""
 
     name: str
     batch: int
@@ -55,32 +57,62 @@ class ForgettingRow:
 
 
 def open_all(run: Run, stack: ExitStack, device: str = "auto", teacher: bool = True) -> dict[str, Runtime]:
-    """The teacher on record, the PyTorch generator and every artefact that runs here, closed with ``stack``."""
+    """The teacher on record, the PyTorch generator and every artefact that runs here, closed with ``stack``.
+
+    A label is a class's, or the position of a prompt in ``conditions_of`` the generator.
+    """
     generator = run.generator()
+    asked = conditions_of(generator)
     sealed: dict[str, Sealed] = {}
     if teacher and "teacher" in generator.facts:
-        names = labels_of(generator).class_names
-        sealed[TEACHER] = open_teacher(str(generator.facts["teacher"]), class_names=names)
+        sealed[TEACHER] = _teacher_of(generator, asked)
     sealed |= {GENERATOR: generator, **{item.name: item for item in run.artefacts()}}
     opened: dict[str, Runtime] = {}
     for name, folder in sealed.items():
         try:
-            opened[name] = stack.enter_context(closing(open_runtime(folder, device)))
+            opened[name] = stack.enter_context(closing(asked.open(folder, device)))
         except NotRunnableHereError:
             continue
     return opened
 
 
+def _teacher_of(generator: Sealed, asked: Conditions) -> Sealed:
+    reference = str(generator.facts["teacher"])
+    if asked.are_prompts:
+        from sfd_deploy.models.text.folder import open_text_teacher  # late: it needs transformers
+
+        return open_text_teacher(reference)
+    return open_teacher(reference, class_names=asked.names)
+
+
 def latency(run: Run, batches: Sequence[int] = (1, 16), rounds: int = 7, device: str = "auto") -> list[LatencyRow]:
-    """Latency and throughput at each batch size, interleaved, with ratios to the generator and the teacher."""
-    classes = labels_of(run.generator()).count
+    """Latency and throughput at each batch size, interleaved, with ratios to the generator and the teacher.
+
+    What draws from prompts has them encoded beforehand; each part of a text-to-image artefact, the text encoder
+    too, has a row of its own.
+    """
+    conditions = len(conditions_of(run.generator()).names)
     with ExitStack() as stack:
-        runtimes = open_all(run, stack, device)
+        draws: dict[str, Draw] = {}
+        for name, runtime in open_all(run, stack, device).items():
+            draws[name] = runtime.draw
+            if isinstance(runtime, TextOnnxRuntime):
+                draws |= {f"{name} {part}": draw for part, draw in part_draws(runtime).items()}
         rows = []
         for batch in batches:
-            timings = time_interleaved(runtimes, batch=batch, rounds=rounds, classes=classes)
+            timings = time_interleaved(draws, batch=batch, rounds=rounds, classes=conditions)
             rows += [_latency_row(name, timing, timings) for name, timing in timings.items()]
     return rows
+
+
+def part_draws(runtime: TextOnnxRuntime) -> dict[Part, Draw]:
+    """The work of each part for one batch, by itself; the decoder is given noise, which takes it as long."""
+    prompts = runtime.prompts
+    return {
+        "text_encoder": lambda _, labels: runtime.encode([prompts.texts[label] for label in labels.tolist()]),
+        "unet": lambda latents, labels: runtime.step(latents.array(runtime.latent_shape), prompts.rows(labels)),
+        "vae_decoder": lambda latents, _: runtime.decode(latents.array(runtime.latent_shape)),
+    }
 
 
 def _latency_row(name: str, timing: Timing, timings: dict[str, Timing]) -> LatencyRow:

@@ -1,12 +1,15 @@
-"""The demo: train, export, audit, serve and ask, in order, on the shipped Fashion-MNIST teacher.
+"""The demos: train, export, audit, serve and ask, in order, on a shipped Fashion-MNIST teacher.
 
-Leaves ``runs/demo/summary.json``. Each stage skips what an earlier, unfinished demo completed.
+Of class labels or of prompts; all that differs is in ``Demo``. Leaves ``summary.json`` in the run's folder. Each
+stage skips what an earlier, unfinished demo completed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +18,37 @@ import numpy as np
 from sfd_deploy.audit.selection import Selection
 from sfd_deploy.audit.stage import audit_selection
 from sfd_deploy.evidence import AuditRecord, contract_row
-from sfd_deploy.export.stage import export_run
+from sfd_deploy.export.kinds import export_any
 from sfd_deploy.latents import Latents
-from sfd_deploy.models.generator import labels_of
 from sfd_deploy.policy.plan import Policy
 from sfd_deploy.progress import stderr_console
 from sfd_deploy.runs import Run, write_json
-from sfd_deploy.runtime import open_runtime
-from sfd_deploy.runtime.endpoint import TritonRuntime
+from sfd_deploy.runtime.conditions import conditions_of
+from sfd_deploy.runtime.endpoint import Transport, TritonRuntime
 from sfd_deploy.runtime.seam import draw_all, to_uint8
 from sfd_deploy.serving.install import Triton
-from sfd_deploy.serving.launch import Server, launched, servable
+from sfd_deploy.serving.launch import launched, servable
 from sfd_deploy.serving.stage import build_repository
-from sfd_deploy.training.config import TrainConfig
-from sfd_deploy.training.stage import train
+from sfd_deploy.training.kinds import load_config, run_training
 
-PRECISIONS = ("fp32", "fp16", "int8")
 SERVED_IMAGES = 200
 
 
-def run_demo(
-    folder: Path, triton: Triton, config: str = "fashion-mnist", set_up_seconds: float = 0.0
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Demo:
+    """What one demo trains, compiles and asks: ``config`` and ``probes`` are presets' names."""
+
+    config: str
+    backends: tuple[str, ...]
+    precisions: tuple[str, ...]
+    probes: str | None = None
+
+
+CLASSES = Demo("fashion-mnist", ("onnx", "trt"), ("fp32", "fp16", "int8"))
+PROMPTS = Demo("fashion-t2i-sandal", ("onnx",), ("fp32", "int8"), probes="fashion-t2i-sandal")
+
+
+def run_demo(folder: Path, triton: Triton, demo: Demo = CLASSES, set_up_seconds: float = 0.0) -> dict[str, Any]:
     """Do everything into ``folder``; returns the summary, which is also written there.
 
     ``exit_code`` in it is the audit's, or 1 if served images differ from the local artefact's.
@@ -44,12 +56,12 @@ def run_demo(
     started = time.monotonic()
     say = stderr_console().rule
     say("1/4 train: a diffusion teacher becomes a one-step generator that forgets")
-    run = train(TrainConfig.load(config, "train"), folder)
-    say("2/4 export: ONNX and TensorRT engines; FP32, FP16, INT8")
-    export_run(run, ("onnx", "trt"), PRECISIONS)
+    run = run_training(load_config(demo.config), folder)
+    say(f"2/4 export: {', '.join(demo.backends)}; {', '.join(demo.precisions)}")
+    export_any(run, demo.backends, demo.precisions, {})
     say("3/4 audit: does every artefact still forget?")
     policy = Policy.load("default", "policy")
-    record, _ = audit_selection(Selection(run=run), policy=policy)
+    record, _ = audit_selection(Selection(run=run), policy=policy, probes=demo.probes)
     say("4/4 serve: a real Triton server, real clients")
     served = _serve(run, policy, triton)
     seconds = {"set_up": set_up_seconds, "run": time.monotonic() - started}
@@ -74,23 +86,27 @@ def summarise(record: AuditRecord, served: dict[str, bool], seconds: dict[str, f
 def _serve(run: Run, policy: Policy, triton: Triton) -> dict[str, bool]:
     repository = build_repository(run, policy.digest)
     with launched(servable(repository), triton, run.work / "triton.log") as server:
-        by_protocol = {protocol: _asked(run, server, protocol) for protocol in ("http", "grpc")}
+        by_protocol = {
+            "http": _asked(run, server.models, server.http, "http"),
+            "grpc": _asked(run, server.models, server.grpc, "grpc"),
+        }
     answered = {protocol: all(len(images) for images, _ in pairs) for protocol, pairs in by_protocol.items()}
     matches = all(_within_one_level(*pair) for pairs in by_protocol.values() for pair in pairs)
     return {**answered, "images_match": matches}
 
 
-def _asked(run: Run, server: Server, protocol: Any) -> list[tuple[Any, Any]]:
-    """Per model: the images a client got, and the local artefact's for the same labels and seeds."""
+def _asked(run: Run, models: Sequence[str], address: str, protocol: Transport) -> list[tuple[Any, Any]]:
+    """Per model: the images a client got, and the local artefact's for the same labels or prompts and seeds."""
     pairs = []
     latents = Latents.of_stream("sample", 0, 0, SERVED_IMAGES)
-    for model in server.models:
+    for model in models:
         artefact = run.artefact(model)
-        labels = np.arange(SERVED_IMAGES, dtype=np.int64) % labels_of(artefact).count
-        client = TritonRuntime(server.http if protocol == "http" else server.grpc, model, protocol, rows=1)
-        served = client.draw_uint8(latents, labels)
-        client.close()
-        pairs.append((served, to_uint8(draw_all(open_runtime(artefact), latents, labels, 64))))
+        asked = conditions_of(artefact)
+        labels = np.arange(SERVED_IMAGES, dtype=np.int64) % len(asked.names)
+        with closing(TritonRuntime(address, model, protocol, rows=1, texts=asked.texts)) as client:
+            served = client.draw_uint8(latents, labels)
+        with closing(asked.open(artefact)) as local:
+            pairs.append((served, to_uint8(draw_all(local, latents, labels, 64))))
     return pairs
 
 

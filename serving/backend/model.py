@@ -1,8 +1,9 @@
-"""What Triton's python back end loads: one audited ONNX graph; a label and a seed in, uint8 images out.
+"""What Triton's python back end loads: the frame of a served model; a condition and a seed in, uint8 images out.
 
-This file is copied into model repositories and runs in Triton's environment, which has numpy and ONNX
-Runtime and nothing of ours: ``latents.py`` lies beside it. Clients never send latents, so what can be
-drawn is what a seed draws. All files are checked against ``serving.json`` before one is used.
+This file is copied into model repositories and runs in Triton's environment, which has what
+``triton-requirements.txt`` lists and nothing of ours: ``latents.py`` and ``drawing.py`` lie beside it, the
+latter one of ``labels.py`` and ``prompts.py``. Clients never send latents, so what can be drawn is what a seed
+draws. All files are checked against ``serving.json`` before one is used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ class TritonPythonModel:
     """The three calls that Triton makes."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Verify the model's files and open the graph with the settings it was audited with."""
+        """Verify the model's files and open its graphs with the settings it was audited with."""
         folder = Path(args["model_repository"]) / args["model_version"]
         try:
-            self.facts = verified_facts(folder)
+            facts = verified_facts(folder)
             self.latents = load_module(folder / "latents.py")
-            self.session = open_session(folder / "model.onnx", self.facts["settings"])
+            open_graph = partial(open_session, settings=facts["settings"])
+            self.drawing = load_module(folder / "drawing.py").Drawing(folder, facts, open_graph)
         except Exception as error:
             # Measured on 2.51: now and then the server aborts over a failed load and loses its reason.
             print(f"{SAID}{error}", file=sys.stderr, flush=True)
@@ -40,25 +43,25 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order; a faulty request gets its own error and spoils no other."""
-        asked = [(column(request, "class_labels"), column(request, "seed")) for request in requests]
-        faults = [fault(labels, seeds, self.facts["labels"]) for labels, seeds in asked]
+        asked = [(column(request, self.drawing.asked_for), column(request, "seed")) for request in requests]
+        faults = [self.drawing.fault(conditions) or fault(seeds) for conditions, seeds in asked]
         sound = [rows for rows, found in zip(asked, faults, strict=True) if found is None]
         drawn = iter(self.draw(sound))
         return [failure(found) if found else next(drawn) for found in faults]
 
-    def draw(self, asked: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> list[Any]:
+    def draw(self, asked: list[tuple[NDArray[Any], NDArray[np.int64]]]) -> list[Any]:
         """Draw the rows of all requests as one batch and part them again."""
         if not asked:
             return []
-        labels, seeds = (np.concatenate(parts) for parts in zip(*asked, strict=True))
-        noise = self.latents.standard_normal(seeds, tuple(self.facts["image_shape"]))
-        (images,) = self.session.run(["images"], {"latents": noise, "class_labels": labels})
+        conditions, seeds = (np.concatenate(parts) for parts in zip(*asked, strict=True))
+        noise = self.latents.standard_normal(seeds, self.drawing.latent_shape)
+        images = self.drawing.draw(conditions, noise)
         ends = np.cumsum([len(rows) for rows, _ in asked])
         return [answer(part) for part in np.split(images, ends[:-1])]
 
     def finalize(self) -> None:
-        """Free the session."""
-        del self.session
+        """Free the sessions."""
+        del self.drawing
 
 
 def verified_facts(folder: Path) -> dict[str, Any]:
@@ -96,16 +99,13 @@ def open_session(model: Path, settings: dict[str, Any]) -> ort.InferenceSession:
     return ort.InferenceSession(str(model), options, providers=[settings["provider"]])
 
 
-def column(request: Any, name: str) -> NDArray[np.int64]:
+def column(request: Any, name: str) -> NDArray[Any]:
     """An input (B, 1) as (B,)."""
     return pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)  # type: ignore[no-any-return]
 
 
-def fault(labels: NDArray[np.int64], seeds: NDArray[np.int64], count: int) -> str | None:
-    """What is wrong with a request, in one sentence, or None."""
-    wrong = labels[(labels < 0) | (labels >= count)]
-    if len(wrong):
-        return f"class_labels: label {wrong[0]} is out of range; use 0 to {count - 1}"
+def fault(seeds: NDArray[np.int64]) -> str | None:
+    """What is wrong with a request's seeds, in one sentence, or None."""
     negative = seeds[seeds < 0]
     if len(negative):
         return f"seed: seed {negative[0]} is negative; use 0 to 9223372036854775807"

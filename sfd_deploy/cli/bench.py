@@ -19,7 +19,10 @@ from sfd_deploy.cli.options import device_option, json_option, run_argument, sho
 def bench(
     run: str | None, batches: tuple[int, ...], rounds: int, device: str, threads: int | None, as_json: bool
 ) -> None:
-    """Time the teacher, the generator and every artefact that runs here, side by side."""
+    """Time the teacher, the generator and every artefact that runs here, side by side.
+
+    Text-to-image artefacts also part by part: text encoder, U-Net, decoder.
+    """
     from sfd_deploy import bench as measure
     from sfd_deploy.runs import Run
 

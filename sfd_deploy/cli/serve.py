@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sfd_deploy.runs import Run
     from sfd_deploy.serving.install import Triton
     from sfd_deploy.serving.launch import Ports, Server
+    from sfd_deploy.serving.repository import Probe
 
 folder_type = click.Path(path_type=Path, file_okay=False)
 port_type = click.IntRange(1, 65535)
@@ -84,14 +86,17 @@ def keep_running(run: Run, repository: Sealed, triton: Triton, ports: Ports, as_
         KeyboardInterrupt: it was told to stop.
     """
     from sfd_deploy.serving.launch import launched, servable
+    from sfd_deploy.serving.repository import PROBE, Probe
 
+    models = servable(repository)
     with (
         handled_by(signal.default_int_handler),
-        launched(servable(repository), triton, run.work / "triton.log", ports) as server,
+        launched(models, triton, run.work / "triton.log", ports) as server,
         stopped_by_signals(server),
     ):
         value = describe(repository, server)
-        show(value, as_json, lambda console: print_server(console, value, server))
+        probe = Probe.load(models / server.models[0] / PROBE)
+        show(value, as_json, lambda console: print_server(console, value, server, probe))
         server.wait()
 
 
@@ -144,16 +149,18 @@ def print_repository(console: Console, value: dict[str, Any]) -> None:
         console.print(f"not served: {name} ({reason})", highlight=False, markup=False)
 
 
-def print_server(console: Console, value: dict[str, Any], server: Server) -> None:
+def print_server(console: Console, value: dict[str, Any], server: Server, probe: Probe) -> None:
     """The repository, the addresses, and a request to paste."""
     print_repository(console, value)
     console.print(f"HTTP {server.http}  gRPC {server.grpc}  metrics {server.metrics}; Ctrl-C stops", highlight=False)
     # Not through the console, which would break the line.
-    click.echo(curl_example(server))
+    click.echo(curl_example(server, probe))
 
 
-def curl_example(server: Server, label: int = 0, seed: int = 7) -> str:
-    """A shell command that draws one image."""
-    columns = (("class_labels", label), ("seed", seed))
-    inputs = [{"name": name, "shape": [1, 1], "datatype": "INT64", "data": [value]} for name, value in columns]
-    return f"curl -s http://{server.http}/v2/models/{server.models[0]}/infer -d '{json.dumps({'inputs': inputs})}'"
+def curl_example(server: Server, probe: Probe, seed: int = 7) -> str:
+    """A shell command that draws one image of the first model, whose ``probe`` this is."""
+    condition = ("class_labels", "INT64", 0) if probe.texts is None else ("prompt", "BYTES", probe.texts[-1])
+    columns = (condition, ("seed", "INT64", seed))
+    inputs = [{"name": name, "shape": [1, 1], "datatype": kind, "data": [value]} for name, kind, value in columns]
+    body = shlex.quote(json.dumps({"inputs": inputs}))
+    return f"curl -s http://{server.http}/v2/models/{server.models[0]}/infer -d {body}"

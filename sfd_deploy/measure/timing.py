@@ -1,4 +1,4 @@
-"""Latency and throughput: interleaved rounds over several runtimes, medians, and paired ratios.
+"""Latency and throughput: interleaved rounds over several runtimes or their parts, medians, and paired ratios.
 
 On a shared machine the clock drifts by tens of per cent within minutes. Rounds in which every
 runtime takes one turn meet the same drift, so their *ratios* hold where absolute figures do not.
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sfd_deploy.latents import Latents
-from sfd_deploy.runtime.seam import Runtime
 
 Clock = Callable[[], float]
+Draw = Callable[[Latents, NDArray[np.int64]], object]  # a runtime's ``draw``, or a part of one
 WARM_UP_CALLS = 2
 
 
@@ -58,10 +59,10 @@ def images_per_second(batch: int, seconds: Sequence[float]) -> float:
 
 
 def time_interleaved(
-    runtimes: Mapping[str, Runtime], *, batch: int, rounds: int, classes: int, seed: int = 0,
+    draws: Mapping[str, Draw], *, batch: int, rounds: int, classes: int, seed: int = 0,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:  # fmt: skip
-    """Time ``rounds`` calls of ``batch`` images on each runtime, one turn each a round, order reversed every other.
+    """Time ``rounds`` calls of ``batch`` images of each draw, one turn each a round, order reversed every other.
 
     Latents come from the ``bench`` stream and are new every round; labels run through all
     ``classes``. Two calls each are thrown away first.
@@ -72,15 +73,15 @@ def time_interleaved(
     if rounds < 1 or batch < 1:
         raise ValueError(f"{rounds} rounds of {batch} images measure nothing")
     labels = np.arange(batch, dtype=np.int64) % classes
-    for runtime in runtimes.values():
+    for draw in draws.values():
         for call in range(WARM_UP_CALLS):
-            runtime.draw(Latents.of_stream("bench", seed, call * batch, batch), labels)
-    seconds: dict[str, list[float]] = {name: [] for name in runtimes}
+            draw(Latents.of_stream("bench", seed, call * batch, batch), labels)
+    seconds: dict[str, list[float]] = {name: [] for name in draws}
     for turn in range(rounds):
         latents = Latents.of_stream("bench", seed, (WARM_UP_CALLS + turn) * batch, batch)
-        names = list(runtimes) if turn % 2 == 0 else list(runtimes)[::-1]
+        names = list(draws) if turn % 2 == 0 else list(draws)[::-1]
         for name in names:
             start = clock()
-            runtimes[name].draw(latents, labels)
+            draws[name](latents, labels)
             seconds[name].append(clock() - start)
     return {name: Timing(batch, tuple(values)) for name, values in seconds.items()}

@@ -160,9 +160,7 @@ def labels_of(sealed: Sealed) -> Labels:
 def _require_labels(sealed: Sealed) -> None:
     if (sealed.folder / "text_encoder").is_dir():
         raise ModelError(
-            f"{sealed.folder}: draws from prompts, and text-to-image models are trained and exported but not yet "
-            "audited or served",
-            "give a model of class labels",
+            f"{sealed.folder}: draws from prompts, and this takes class labels", "give a model of class labels"
         )
 
 

@@ -1,8 +1,8 @@
-"""A served model, local or remote: labels and seeds go out, uint8 images come back."""
+"""A served model, local or remote: class labels or prompts go out with seeds, uint8 images come back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from sfd_deploy.errors import BackendError
 from sfd_deploy.latents import Latents
+from sfd_deploy.prompts import in_utf8
 from sfd_deploy.runtime.seam import Images
 
 Transport = Literal["grpc", "http"]
-CONTRACT = {"inputs": {"class_labels": "INT64", "seed": "INT64"}, "outputs": {"images": "UINT8"}}
+LABEL, PROMPT = "class_labels", "prompt"  # what a model of ours is asked for: one of the two
+TYPES = {LABEL: "INT64", PROMPT: "BYTES", "seed": "INT64", "images": "UINT8"}
 
 
 class TritonRuntime:
@@ -27,18 +29,22 @@ class TritonRuntime:
         rows: images a request, 0 for as many as the model takes. 1 is what single users send, and
             leaves it to the server to form batches.
         concurrency: requests under way at once.
+        texts: prompts; a label is then a position in them. None asks for class labels.
 
     Raises:
         BackendError: the address has a scheme, tritonclient is missing, nothing answers, the model is
             unknown, or it has other inputs and outputs than our python back end.
+        PromptError: a text that UTF-8 cannot carry.
     """
 
     name = "triton"
 
     def __init__(
-        self, address: str, model: str, protocol: Transport = "grpc", rows: int = 0, concurrency: int = 16
-    ) -> None:
+        self, address: str, model: str, protocol: Transport = "grpc", rows: int = 0, concurrency: int = 16,
+        texts: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         self.address, self.model, self.protocol, self.concurrency = address, model, protocol, concurrency
+        self.prompts = None if texts is None else np.array([in_utf8(text) for text in texts], np.object_)
         if "://" in address:
             raise BackendError(f"{address}: has a scheme", "give host and port alone, as in 127.0.0.1:8001")
         self.library = _import(protocol)
@@ -64,8 +70,9 @@ class TritonRuntime:
 
         Raises:
             BackendError: the server refused a request, or answered with something else than images.
+            IndexError: a label that is no prompt's position, negative ones included.
         """
-        _require_int64("class_labels", labels)
+        _require_int64(LABEL, labels)
         _require_int64("seed", latents.seeds)
         starts = range(0, len(labels), self.rows)
         requests = (self._inputs(labels[i : i + self.rows], latents.seeds[i : i + self.rows]) for i in starts)
@@ -97,22 +104,45 @@ class TritonRuntime:
         config = config.get("config", config)  # gRPC wraps it
         return (channels, height, width), max(1, int(config.get("max_batch_size", 0))), str(server["version"])
 
+    @property
+    def _asked_for(self) -> str:
+        return LABEL if self.prompts is None else PROMPT
+
     def _require_contract(self, metadata: Any) -> None:
-        for side, wanted in CONTRACT.items():
+        self._require_kind({tensor["name"] for tensor in metadata["inputs"]})
+        for side, names in (("inputs", (self._asked_for, "seed")), ("outputs", ("images",))):
             found = {tensor["name"]: tensor["datatype"] for tensor in metadata[side]}
-            for name, datatype in wanted.items():
+            for name in names:
                 if name not in found:
                     raise BackendError(f"{self._where}: has no tensor `{name}`", "name a model of a python repository")
-                if found[name] != datatype:
-                    raise BackendError(f"{self._where}: `{name}` is {found[name]}, wants {datatype}", "serve it again")
+                if found[name] != TYPES[name]:
+                    raise BackendError(
+                        f"{self._where}: `{name}` is {found[name]}, wants {TYPES[name]}", "serve it again"
+                    )
+
+    def _require_kind(self, inputs: set[str]) -> None:
+        if self._asked_for in inputs:
+            return
+        if PROMPT in inputs:
+            raise BackendError(f"{self._where}: draws from prompts, and is asked for class labels", "give it texts")
+        if LABEL in inputs:
+            raise BackendError(f"{self._where}: draws class labels, and is asked for prompts", "give it no texts")
 
     def _inputs(self, labels: NDArray[np.int64], seeds: NDArray[np.int64]) -> list[Any]:
+        conditions = labels if self.prompts is None else self._prompts_at(labels)
         inputs = []
-        for name, values in (("class_labels", labels), ("seed", seeds)):
-            tensor = self.library.InferInput(name, [len(values), 1], "INT64")
+        for name, values in ((self._asked_for, conditions), ("seed", seeds)):
+            tensor = self.library.InferInput(name, [len(values), 1], TYPES[name])
             tensor.set_data_from_numpy(np.ascontiguousarray(values).reshape(-1, 1))
             inputs.append(tensor)
         return inputs
+
+    def _prompts_at(self, numbers: NDArray[np.int64]) -> NDArray[np.object_]:
+        assert self.prompts is not None
+        # A negative number would count from the end.
+        if len(unknown := numbers[(numbers < 0) | (numbers >= len(self.prompts))]):
+            raise IndexError(f"prompt {unknown[0]} is out of range: there are {len(self.prompts)}")
+        return self.prompts[numbers]
 
     def _ask(self, requests: Iterable[list[Any]]) -> Iterable[Any]:
         if self.protocol == "http":

@@ -20,8 +20,6 @@ class FakeClock:
 class Slow:
     """Takes ``seconds`` a call, more by ``drift`` from round to round, and remembers its calls."""
 
-    name, settings, image_shape = "pytorch", {}, (1, 2, 2)
-
     def __init__(self, clock: FakeClock, seconds: float, log: list[str], label: str) -> None:
         self.clock, self.seconds, self.log, self.label = clock, seconds, log, label
         self.seeds: list[tuple[int, ...]] = []
@@ -35,13 +33,12 @@ class Slow:
         self.labels = labels.tolist()
         return np.zeros((len(labels), 1, 2, 2), np.float32)
 
-    def close(self) -> None: ...
-
 
 def run(rounds: int = 6) -> tuple[dict[str, Timing], dict[str, Slow], list[str]]:
     clock, log = FakeClock(), []
     runtimes = {"slow": Slow(clock, 0.4, log, "slow"), "fast": Slow(clock, 0.1, log, "fast")}
-    return time_interleaved(runtimes, batch=8, rounds=rounds, classes=3, clock=clock), runtimes, log
+    draws = {name: runtime.draw for name, runtime in runtimes.items()}
+    return time_interleaved(draws, batch=8, rounds=rounds, classes=3, clock=clock), runtimes, log
 
 
 def test_runtimes_take_turns_and_the_order_alternates():

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from sfd_deploy.errors import BackendError
+from sfd_deploy.errors import BackendError, PromptError
 from sfd_deploy.latents import Latents
 from sfd_deploy.runtime.endpoint import TritonRuntime
 from tests.serving.fixtures import MODEL, Served
@@ -105,8 +105,8 @@ def test_an_address_with_a_scheme_is_refused_in_one_line():
 class Described(TritonRuntime):
     """A client of a model that describes itself with other tensors."""
 
-    def __init__(self, metadata: dict) -> None:
-        self.address, self.model = "somewhere", "m"
+    def __init__(self, metadata: dict, texts: tuple[str, ...] | None = None) -> None:
+        self.address, self.model, self.prompts = "somewhere", "m", texts
         self._require_contract(metadata)
 
 
@@ -124,6 +124,23 @@ def test_a_model_with_another_type_is_refused_in_one_sentence():
     inputs = [tensor("class_labels", "INT64"), tensor("seed", "INT64")]
     with pytest.raises(BackendError, match="`images` is FP32, wants UINT8"):
         Described({"inputs": inputs, "outputs": [tensor("images", "FP32")]})
+
+
+def test_a_client_and_a_model_of_different_kinds_are_told_apart():
+    outputs = [tensor("images", "UINT8")]
+    labels = {"inputs": [tensor("class_labels", "INT64"), tensor("seed", "INT64")], "outputs": outputs}
+    prompts = {"inputs": [tensor("prompt", "BYTES"), tensor("seed", "INT64")], "outputs": outputs}
+    Described(labels)
+    Described(prompts, ("a bag",))
+    with pytest.raises(BackendError, match="model m at somewhere: draws class labels, and is asked for prompts"):
+        Described(labels, ("a bag",))
+    with pytest.raises(BackendError, match="model m at somewhere: draws from prompts, and is asked for class labels"):
+        Described(prompts)
+
+
+def test_a_text_that_no_server_can_be_sent_is_refused_first():
+    with pytest.raises(PromptError, match="is not UTF-8 text"):
+        TritonRuntime("127.0.0.1:1", "m", texts=("caf\udce9",))
 
 
 class Answer:

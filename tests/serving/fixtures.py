@@ -6,6 +6,7 @@ A plugin of ``tests/conftest.py``, so that one server serves the whole session.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,21 @@ def audited_run(tmp_path: Path, tiny_graph: bytes) -> Run:
     return seal_audited_run(tmp_path / "run", tiny_graph)
 
 
+def seal_audited_text_run(folder: Path) -> Run:
+    """A run of prompts with one artefact that passed."""
+    from tests.export.text_runs import exported_text_run  # late: it needs transformers
+
+    run = Run(Path(shutil.copytree(exported_text_run("sd2")[0].folder, folder)))
+    seal_audit(run, row_of(run.artefact(MODEL)))
+    return run
+
+
+@pytest.fixture
+def audited_text_run(tmp_path: Path) -> Run:
+    """A run of prompts that a test may change."""
+    return seal_audited_text_run(tmp_path / "text-run")
+
+
 @dataclass(frozen=True)
 class Served:
     """The run behind the server that all tests share."""
@@ -120,6 +136,16 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_graph: bytes, triton: 
     """The real server with the tiny artefact; read-only."""
     folder = tmp_path_factory.mktemp("served")
     run = seal_audited_run(folder / "run", tiny_graph)
+    repository = build_repository(run, POLICY)
+    with launched(repository.folder / "python", triton, folder / "triton.log") as server:
+        yield Served(run, server)
+
+
+@pytest.fixture(scope="session")
+def served_text(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Iterator[Served]:
+    """The real server with the tiny artefact of prompts; read-only."""
+    folder = tmp_path_factory.mktemp("served-text")
+    run = seal_audited_text_run(folder / "run")
     repository = build_repository(run, POLICY)
     with launched(repository.folder / "python", triton, folder / "triton.log") as server:
         yield Served(run, server)

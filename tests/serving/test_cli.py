@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from sfd_deploy.cli.main import exit_code_of, main
+from sfd_deploy.cli.serve import curl_example
 from sfd_deploy.policy.plan import Policy
 from sfd_deploy.runs import Run
 from sfd_deploy.serving import install
 from sfd_deploy.serving.launch import Server
+from sfd_deploy.serving.repository import Probe
 from tests.serving.fixtures import MODEL, row_of, seal_artefact, seal_audit
 
 
@@ -28,6 +33,14 @@ def run(audited_run: Run, tiny_graph: bytes) -> Run:
     rows.append(row_of(seal_artefact(audited_run, tiny_graph, "onnx-cpu-int8"), verdict="fail"))
     seal_audit(audited_run, *rows, policy_digest=Policy.load("default", "policy").digest)
     return audited_run
+
+
+@pytest.fixture
+def text_run(audited_text_run: Run) -> Run:
+    """A run of prompts whose artefact passed under the default policy."""
+    row = row_of(audited_text_run.artefact(MODEL))
+    seal_audit(audited_text_run, row, policy_digest=Policy.load("default", "policy").digest)
+    return audited_text_run
 
 
 def test_the_json_document_names_models_digests_and_what_was_left_out(run, capsys):
@@ -149,8 +162,9 @@ def test_launch_prints_where_it_answers_and_stops_cleanly_when_told(run, triton,
 
 
 @pytest.mark.triton
-def test_the_printed_curl_command_draws_an_image(run, triton, capsys, monkeypatch):
-    answers = []
+@pytest.mark.parametrize(("kind", "shape"), [("run", [1, 1, 16, 16]), ("text_run", [1, 3, 16, 16])])
+def test_the_printed_curl_command_draws_an_image(kind, shape, request, triton, capsys, monkeypatch):
+    run, answers = request.getfixturevalue(kind), []
 
     def paste(server: Server) -> None:
         command = capsys.readouterr().out.splitlines()[-1]
@@ -161,4 +175,18 @@ def test_the_printed_curl_command_draws_an_image(run, triton, capsys, monkeypatc
     before = signal.getsignal(signal.SIGTERM)
     assert exit_code_of(["serve", str(run.folder), "--launch", "--triton", str(triton.folder)]) == 130
     assert signal.getsignal(signal.SIGTERM) == before
-    assert answers[0]["outputs"][0]["shape"] == [1, 1, 16, 16]
+    assert answers[0]["outputs"][0]["shape"] == shape
+
+
+def test_a_prompt_with_a_quote_in_it_is_pasted_whole():
+    server = Server("localhost:1", "localhost:2", "localhost:3", ("m",), Path("log"), None)
+    nothing = np.zeros(0, np.int64)
+    command = shlex.split(curl_example(server, Probe(nothing, nothing, nothing, ('a man\'s "red" bag',))))
+    assert command[:3] == ["curl", "-s", "http://localhost:1/v2/models/m/infer"]
+    assert json.loads(command[4])["inputs"][0]["data"] == ['a man\'s "red" bag']
+
+
+def test_a_text_run_is_served_by_the_python_back_end_alone(text_run, capsys):
+    assert exit_code_of(["serve", str(text_run.folder), "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [(row["name"], row["repository"]) for row in models] == [(MODEL, "python")]

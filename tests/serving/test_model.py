@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,53 +12,9 @@ import pytest
 
 from sfd_deploy.latents import standard_normal
 from sfd_deploy.runtime.seam import to_uint8
-from sfd_deploy.serving.repository import BACKEND
 from sfd_deploy.serving.stage import build_repository
+from tests.serving.conftest import Tensor, TritonError
 from tests.serving.fixtures import MODEL, POLICY
-
-
-class Tensor(SimpleNamespace):
-    """Triton's tensor as the back end sees it: a name and an array."""
-
-    def __init__(self, name: str, array: Any) -> None:
-        super().__init__(name=name, array=array)
-
-    def as_numpy(self) -> Any:
-        return self.array
-
-
-class TritonError(SimpleNamespace):
-    """Triton's error: a message and a code."""
-
-    INVALID_ARG, INTERNAL = 3, 1
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message=message, code=code)
-
-
-class InferenceResponse(SimpleNamespace):
-    """Triton's response: tensors or an error."""
-
-    def __init__(self, tensors: list[Tensor], error: TritonError | None = None) -> None:
-        super().__init__(tensors=tensors, error=error)
-
-
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The file that is copied into repositories, with the transport of Triton's stub stood in for."""
-    transport = ModuleType("triton_python_backend_utils")
-    vars(transport).update(
-        Tensor=Tensor, TritonError=TritonError, InferenceResponse=InferenceResponse,
-        get_input_tensor_by_name=lambda request, name: request[name],
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", transport)
-    monkeypatch.setitem(sys.modules, "latents", ModuleType("latents"))  # put back what loading replaces
-    spec = importlib.util.spec_from_file_location("served_model", BACKEND)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -114,7 +66,7 @@ def test_with_faulty_requests_alone_nothing_is_drawn(model):
     assert response.error is not None
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "latents.py", "model.py"])
+@pytest.mark.parametrize("name", ["model.onnx", "latents.py", "drawing.py", "model.py"])
 def test_a_changed_file_is_refused_before_it_is_used(backend, version, name):
     path = version / name
     path.write_bytes(path.read_bytes() + b"\n")

@@ -110,7 +110,7 @@ def test_the_python_model_folder_holds_the_digest_of_each_file_it_will_load(tmp_
     facts = json.loads((version / "serving.json").read_text())
     assert facts["files"] == {
         name: hashlib.sha256((version / name).read_bytes()).hexdigest()
-        for name in ("latents.py", "model.onnx", "model.py")
+        for name in ("drawing.py", "latents.py", "model.onnx", "model.py")
     }
     assert (version / "latents.py").read_bytes() == Path(latents.__file__).read_bytes()
     assert (facts["labels"], facts["image_shape"], facts["settings"]) == (3, [1, 16, 16], SETTINGS)
@@ -129,9 +129,44 @@ def test_a_probe_is_read_as_it_was_written(tmp_path, run):
     found = Probe.load(tmp_path / "repository" / MODEL / "probe.npz")
     for name in ("labels", "seeds", "images"):
         assert np.array_equal(getattr(found, name), getattr(entry.probe, name))
+    assert found.texts is None
 
 
 def test_the_message_library_is_missed_in_one_line(tmp_path, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
     with pytest.raises(BackendError, match="tritonclient is not installed"):
         written(tmp_path, "python", entry_of(run))
+
+
+def text_entry(run: Run) -> Entry:
+    artefact = run.artefact(MODEL)
+    texts = ("a green bag", "the 'red' coat")
+    probe = Probe(np.arange(2), np.arange(2), np.zeros((2, 3, 16, 16), np.uint8), texts)
+    return Entry(artefact, SETTINGS, {"audit_digest": "ab" * 32}, probe)
+
+
+def test_a_client_of_a_text_model_sends_a_prompt_and_a_seed_and_gets_bytes(tmp_path, audited_text_run):
+    config = written(tmp_path, "python", text_entry(audited_text_run), queue_delay_us=250)
+    assert config.backend == "python"
+    assert tensors(config.input) == [("prompt", pb.TYPE_STRING, [1]), ("seed", pb.TYPE_INT64, [1])]
+    assert tensors(config.output) == [("images", pb.TYPE_UINT8, [3, 16, 16])]
+    assert (config.max_batch_size, list(config.dynamic_batching.preferred_batch_size)) == (8, [1])
+    assert config.dynamic_batching.max_queue_delay_microseconds == 250
+    assert [(group.count, group.kind) for group in config.instance_group] == [(1, pb.ModelInstanceGroup.KIND_CPU)]
+    assert config.parameters["sfd_deploy.audit_digest"].string_value == "ab" * 32
+
+
+def test_a_text_model_holds_its_graphs_and_the_digest_of_each_file_it_will_load(tmp_path, audited_text_run):
+    entry = text_entry(audited_text_run)
+    written(tmp_path, "python", entry)
+    version = tmp_path / "repository" / MODEL / "1"
+    facts = json.loads((version / "serving.json").read_text())
+    graphs = [f"{part}/model.onnx" for part in ("text_encoder", "unet", "vae_decoder")]
+    assert facts["files"] == {
+        name: hashlib.sha256((version / name).read_bytes()).hexdigest()
+        for name in ("drawing.py", "latents.py", "model.py", *graphs, "tokenizer.json")
+    }
+    for graph in graphs:
+        assert (version / graph).read_bytes() == (entry.artefact.folder / graph).read_bytes()
+    assert (facts["latent_shape"], facts["image_shape"], facts["settings"]) == ([4, 8, 8], [3, 16, 16], SETTINGS)
+    assert Probe.load(tmp_path / "repository" / MODEL / "probe.npz").texts == ("a green bag", "the 'red' coat")

@@ -8,12 +8,15 @@ import pytest
 
 from sfd_deploy.errors import DigestError, ManifestError, RunError
 from sfd_deploy.evidence import EvidenceError
-from sfd_deploy.latents import standard_normal
+from sfd_deploy.latents import Latents, standard_normal
 from sfd_deploy.manifest import verify
-from sfd_deploy.runtime import NotRunnableHereError
+from sfd_deploy.runs import sealed_folder
+from sfd_deploy.runtime import NotRunnableHereError, open_runtime
+from sfd_deploy.runtime.seam import to_uint8
 from sfd_deploy.serving.repository import Probe
 from sfd_deploy.serving.stage import build_repository
 from tests.conftest import seal_tiny_run
+from tests.export.text_runs import PROMPTS
 from tests.serving.fixtures import MODEL, POLICY, SETTINGS, row_of, seal_artefact, seal_audit
 
 
@@ -161,3 +164,42 @@ def test_serving_again_replaces_the_repository(audited_run):
     (first.folder / "python" / MODEL / "1" / "stray").write_text("left by someone")
     build_repository(audited_run, POLICY)
     assert not (first.folder / "python" / MODEL / "1" / "stray").exists()
+
+
+def test_prompts_are_served_by_the_python_back_end_alone(audited_text_run):
+    repository = build_repository(audited_text_run, POLICY)
+    assert [(row["name"], row["repository"]) for row in repository.facts["models"]] == [(MODEL, "python")]
+    assert [path.name for path in repository.folder.iterdir() if path.is_dir()] == ["python"]
+    assert audited_text_run.artefact(MODEL).as_parent() in repository.manifest.parents
+
+
+def test_the_probe_of_a_text_model_asks_for_forget_and_retained_prompts(audited_text_run):
+    repository = build_repository(audited_text_run, POLICY)
+    probe = Probe.load(repository.folder / "python" / MODEL / "probe.npz")
+    assert probe.texts == ("a red sandal", "the grey sandal", "a green bag", "a coat on a black background")
+    numbers = np.array([PROMPTS.texts.index(text) for text in probe.texts])
+    expected = open_runtime(audited_text_run.artefact(MODEL), "cpu").draw(Latents(probe.seeds), numbers)
+    assert np.abs(probe.images.astype(int) - to_uint8(expected)).max() <= 1
+
+
+def test_a_text_artefact_without_a_passing_row_is_refused(audited_text_run):
+    seal_audit(audited_text_run, row_of(audited_text_run.artefact(MODEL), verdict="fail", reasons=("forget rate 4 %",)))
+    with pytest.raises(EvidenceError, match="forget rate 4 %"):
+        build_repository(audited_text_run, POLICY, [MODEL])
+    seal_audit(audited_text_run, row_of(audited_text_run.artefact(MODEL), settings={**SETTINGS, "threads": 2}))
+    assert build_repository(audited_text_run, POLICY).facts["models"][0]["name"] == MODEL  # served as audited
+    seal_audit(audited_text_run, row_of(audited_text_run.artefact(MODEL), settings={**SETTINGS, "arithmetic": "int8"}))
+    with pytest.raises(EvidenceError, match="would be served in onnxruntime with"):
+        build_repository(audited_text_run, POLICY)
+
+
+def test_engines_of_prompts_are_not_served(audited_text_run):
+    artefact = audited_text_run.artefact(MODEL)
+    engine = audited_text_run.folder / "artefacts" / "trt-gpu-fp16"
+    with sealed_folder(engine, "artefact", facts={**artefact.facts, "runtime": "trt"}) as folder:
+        (folder / "text_encoder").mkdir()
+        (folder / "text_encoder" / "model.plan").write_bytes(b"engine")
+    reason = "prompts are served by the python back end, from ONNX graphs"
+    assert build_repository(audited_text_run, POLICY).facts["left_out"] == {"trt-gpu-fp16": reason}
+    with pytest.raises(EvidenceError, match=f"trt-gpu-fp16: {reason}"):
+        build_repository(audited_text_run, POLICY, ["trt-gpu-fp16"])
