@@ -171,6 +171,14 @@ class SfdLoop:
         self._whole.load_state_dict(whole_state(self.ema.network))
         return self._whole
 
+    def whole_fake_score(self) -> Denoiser:
+        """The fake score, whole; every process must ask."""
+        if not self.workers.is_sharded:
+            return self.fake_score
+        whole = copy.deepcopy(self.teacher)
+        whole.load_state_dict(whole_state(self.fake_score))
+        return whole
+
     def _parts(self, name: str, step: int) -> Iterator[Rows]:
         """The parts that fall to this process of the step's batch, in turn."""
         batch, count = draw_rows(self.config, self.labels, self.shape, name, step), self.config.accumulate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +21,7 @@ from sfd_deploy.runs import Run, sealed_folder, write_json
 from sfd_deploy.runtime.pytorch import torch_device
 from sfd_deploy.training.config import LoopConfig, TrainConfig
 from sfd_deploy.training.course import Course
-from sfd_deploy.training.distributed import Workers, whole_state
+from sfd_deploy.training.distributed import Workers
 from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, Origin, load_start, open_inputs
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.monitor import Watch
@@ -80,8 +79,7 @@ def carry_out(
         if workers.is_main:  # not before: a checkpoint of another config keeps its own
             write_json(run.work / CONFIG, config.resolved())
         generator = course.run()
-        fake_score = copy.deepcopy(course.loop.teacher)
-        fake_score.load_state_dict(whole_state(course.loop.fake_score))
+        fake_score = course.loop.whole_fake_score()
     if workers.is_main:
         seal(Outcome(course, generator, fake_score))
     workers.wait()

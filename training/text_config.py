@@ -72,6 +72,16 @@ class GuidanceConfig(StageConfig):
         )  # fmt: skip
 
 
+class AdapterConfig(StageConfig):
+    """LoRA: low-rank matrices beside the U-Net's, trained in their place (arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1, description="of each matrix pair")
+    alpha: int = Field(16, ge=1, description="what a pair adds is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="layers with a pair, by the end of their names"
+    )
+
+
 class TextTrainConfig(LoopConfig):
     """Score forgetting distillation of a Stable-Diffusion-shaped teacher, in latent space (arXiv 2409.11219)."""
 
@@ -86,6 +96,9 @@ class TextTrainConfig(LoopConfig):
     previews: PreviewConfig = Field(PreviewConfig(), description="pictures that the training shows of itself")
     gradient_checkpointing: bool = Field(
         False, description="the U-Nets compute activations twice instead of keeping them: less memory, the same step"
+    )
+    lora: AdapterConfig | None = Field(
+        None, description="train adapters on shared, frozen weights: less memory; left out, every weight is trained"
     )
     retained_rows: int = Field(48, ge=1, description="batch rows with retained prompts (official: 8)")
     forget_rows: int = Field(16, ge=1, description="batch rows with forget prompts (official: 8)")

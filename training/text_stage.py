@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from sfd_deploy.errors import ConfigError
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.models.denoiser import Denoiser
+from sfd_deploy.models.generator import OneStepGenerator
 from sfd_deploy.models.text.folder import TextParts, load_parts
 from sfd_deploy.models.text.generator import save_text_generator, save_text_teacher
 from sfd_deploy.models.text.network import load_text_denoiser
@@ -19,7 +21,8 @@ from sfd_deploy.prompts import PROMPTS_FILE, TEXT_TO_IMAGE, Prompts
 from sfd_deploy.runs import Run, write_json
 from sfd_deploy.training.course import Course
 from sfd_deploy.training.distributed import Workers
-from sfd_deploy.training.loop import SfdLoop
+from sfd_deploy.training.loop import SfdLoop, Start
+from sfd_deploy.training.lora import adapted_start, merged, require_peft, save_adapter
 from sfd_deploy.training.stage import (
     CHECKPOINT,
     Outcome,
@@ -33,6 +36,7 @@ from sfd_deploy.training.text_inputs import TextInputs, load_text_start, open_te
 from sfd_deploy.training.text_previews import TextPreviews
 
 CPU = torch.device("cpu")
+ADAPTER = "lora"  # in a generator's folder: its adapter alone
 CARD_PROMPTS = 10  # forget prompts that the model card shows; all are in prompts.json
 
 
@@ -40,8 +44,11 @@ def train_text(config: TextTrainConfig, folder: Path, device: str = "auto") -> R
     """Distil and forget; a killed call resumes from ``folder/work`` to the same weights.
 
     Raises:
-        As ``open_text_inputs`` and ``stage.train``; PromptError where a prompt is longer than the text encoder reads.
+        As ``open_text_inputs`` and ``stage.train``; PromptError where a prompt is longer than the text encoder reads;
+        ConfigError where LoRA has a target that the U-Net has not; BackendError where it lacks peft.
     """
+    if config.lora is not None:
+        require_peft()
     run = Run(folder)
     inputs = open_text_inputs(config, run.work)
     parts = cache(lambda: load_parts(inputs.teacher))  # not before it is known that there is something to train
@@ -56,7 +63,7 @@ def _course(config: TextTrainConfig, inputs: TextInputs, parts: TextParts, run: 
     # Moved before it is copied: a table of encoded prompts on the device is shared by all networks.
     teacher = text_teacher(config, inputs.prompts, parts, workers.device).to(workers.device)
     loop = SfdLoop(
-        config, inputs.prompts, teacher, load_text_start(inputs, config, teacher), workers=workers,
+        config, inputs.prompts, teacher, _start(config, inputs, teacher, workers), workers=workers,
         guidance=config.guidance.bind(inputs.prompts),
     )  # fmt: skip
     course = Course(
@@ -67,6 +74,15 @@ def _course(config: TextTrainConfig, inputs: TextInputs, parts: TextParts, run: 
     if workers.is_main:  # as with the config: not before it is known to be this checkpoint's
         write_json(run.work / PROMPTS_FILE, inputs.prompts.resolved())
     return course
+
+
+def _start(config: TextTrainConfig, inputs: TextInputs, teacher: Denoiser, workers: Workers) -> Start:
+    start = load_text_start(inputs, config, teacher)
+    if config.lora is None:
+        return start
+    if workers.is_sharded:
+        raise ConfigError("lora with FSDP2, which cannot shard weights that networks share", "use DDP, or leave one")
+    return adapted_start(teacher, start, config.lora, config.seed)
 
 
 def text_teacher(config: TextTrainConfig, prompts: Prompts, parts: TextParts, device: torch.device = CPU) -> Denoiser:
@@ -89,9 +105,12 @@ def _seal(run: Run, config: TextTrainConfig, inputs: TextInputs, parts: TextPart
     """The fake score first: a run is finished when its generator is there."""
     facts = {"kind": TEXT_TO_IMAGE, "prompts": inputs.prompts.count}
     with sealing_fake_score(run, config, inputs, outcome, facts) as target:
-        save_text_teacher(outcome.fake_score, parts, target)
+        save_text_teacher(merged(outcome.fake_score), parts, target)
+    trained = outcome.generator
     with sealing_generator(run, config, inputs, outcome, facts) as target:
-        save_text_generator(outcome.generator, parts, target)
+        save_text_generator(OneStepGenerator(merged(trained.denoiser), trained.sigma_init), parts, target)
+        if config.lora is not None:
+            save_adapter(trained.denoiser, target / ADAPTER)
         write_json(target / PROMPTS_FILE, inputs.prompts.resolved())
         (target / "README.md").write_text(model_card(inputs.prompts, inputs.teacher, config), encoding="utf-8")
 
