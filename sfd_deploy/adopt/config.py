@@ -15,23 +15,48 @@ from sfd_deploy.errors import LabelError
 OFFICIAL_TIMESTEP = 440
 
 
-class AdoptConfig(StageConfig):
-    """A one-step generator trained elsewhere, and what is claimed of it."""
+class SourceConfig(StageConfig):
+    """A one-step generator trained elsewhere."""
 
     source: str = Field(description="a diffusers folder; for a conversion, the checkpoint file")
     teacher: str | None = Field(None, description="what it was distilled from: the yardstick of its audits")
-    class_names: tuple[str, ...] = Field((), description="in label order; left out: the teacher's, or numbers")
-    forget: dict[str | int, str | int] = Field(
-        {}, description="claimed: forgotten class → its override; the audit tests it"
-    )
     sigma_init: float | None = Field(None, gt=0, description="noise level of the one step")
     timestep: float | None = Field(None, ge=0, description="or the timestep that has it")
-    image_size: int | None = Field(None, ge=1, description="pixels; asked for where tensors do not tell it")
 
     @model_validator(mode="after")
     def one_level_only(self) -> Self:
         if self.sigma_init is not None and self.timestep is not None:
             raise ValueError("sigma_init and timestep both say the noise level; give one")
+        return self
+
+
+class AdoptConfig(SourceConfig):
+    """One that draws from class labels, and what is claimed of it."""
+
+    class_names: tuple[str, ...] = Field((), description="in label order; left out: the teacher's, or numbers")
+    forget: dict[str | int, str | int] = Field(
+        {}, description="claimed: forgotten class → its override; the audit tests it"
+    )
+    image_size: int | None = Field(None, ge=1, description="pixels; asked for where tensors do not tell it")
+
+
+class TextAdoptConfig(SourceConfig):
+    """One that draws from prompts, and what is claimed of it."""
+
+    prompts: str | None = Field(
+        None, description="prompts that it still draws, a file or a shipped list; left out: the source's prompts.json"
+    )
+    forget_prompts: str | None = Field(None, description="claimed to be forgotten: a file or a shipped list")
+    concept: str | None = Field(None, min_length=1, description="the phrase that each of those holds")
+    substitute: str | None = Field(None, min_length=1, description="what is drawn instead: words for the phrase")
+
+    @model_validator(mode="after")
+    def claim_must_be_whole(self) -> Self:
+        claim = (self.forget_prompts, self.concept, self.substitute)
+        if any(claim) and not all(claim):
+            raise ValueError("forget_prompts, concept and substitute make one claim; give all three")
+        if any(claim) and self.prompts is None:
+            raise ValueError("a claim needs prompts that stay as well; give prompts")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,13 @@ CONSISTENCY = "CMStochasticIterativeScheduler"
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is adopted: bytes with a digest, and what they record."""
+class Foreign:
+    """What is adopted: bytes with a digest, and what they record; ``listed`` says which files are read."""
 
     folder: Path
-    layout: Layout
     files: dict[str, FileRecord]
     scheduler: dict[str, Any]
+    listed: Callable[[Path], list[Path]]
 
     @property
     def digest(self) -> str:
@@ -46,8 +47,15 @@ class Source:
         Raises:
             ModelError: the digest is another one now.
         """
-        if hash_files(self.folder, self.layout.files(self.folder)) != self.files:
+        if hash_files(self.folder, self.listed(self.folder)) != self.files:
             raise ModelError(f"{self.folder}: changed while it was read", "adopt it again when nothing writes to it")
+
+
+@dataclass(frozen=True)
+class Source(Foreign):
+    """A generator of class labels."""
+
+    layout: Layout
 
 
 def open_source(folder: Path) -> Source:
@@ -57,11 +65,8 @@ def open_source(folder: Path) -> Source:
         ModelError: no such folder, another layout, pickled weights, code of its own, or no scheduler.
         ManifestError, DigestError: a folder with a manifest that it does not match.
     """
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder", "give a diffusers folder, or a checkpoint with --convert")
-    if (folder / MANIFEST).is_file():
-        verify(folder, "generator")
-    _require_stock(folder)
+    require_intact(folder)
+    _require_two_parts(require_stock(folder, {"diffusers"}), folder)
     layout = find_layout(folder)
     layout.network_config()
     if layout.scheduler is None:
@@ -69,25 +74,49 @@ def open_source(folder: Path) -> Source:
             f"{folder}: no scheduler/scheduler_config.json, which says what the network predicts",
             "save the scheduler that it was trained with into scheduler/",
         )
-    return Source(folder, layout, hash_files(folder, layout.files(folder)), read_json(layout.scheduler))
+    files = hash_files(folder, layout.files(folder))
+    return Source(folder, files, read_json(layout.scheduler), layout.files, layout)
 
 
-def _require_stock(folder: Path) -> None:
+def require_intact(folder: Path) -> None:
+    """Refuse what is no folder; one of ours is verified against its manifest.
+
+    Raises:
+        ModelError: no such folder.
+        ManifestError, DigestError: it does not match its manifest.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder", "give a diffusers folder, or a checkpoint with --convert")
+    if (folder / MANIFEST).is_file():
+        verify(folder, "generator")
+
+
+def require_stock(folder: Path, libraries: Collection[str]) -> dict[str, Any]:
+    """What ``model_index.json`` says, if every part is made by one of ``libraries``; {} where there is none.
+
+    Raises:
+        ModelError: code of its own, or unreadable JSON.
+    """
     # Nothing here would run such code; but what a pipeline of its own draws, a stock one need not.
     if code := sorted(folder.rglob("*.py")):
         raise ModelError(f"{code[0]}: code of its own", "give a folder that stock diffusers draws from")
     path = folder / "model_index.json"
     index = read_json(path) if path.is_file() else {}
-    if not isinstance(index.get("_class_name"), str | None) or index.get("_class_name") not in PIPELINES:
-        raise ModelError(
-            f"{path}: pipeline {index['_class_name']} is not one network and one scheduler",
-            "give a folder of ConsistencyModelPipeline, or one with unet/ and scheduler/ alone",
-        )
     for part, made_by in index.items():
-        if isinstance(made_by, list) and made_by != [None, None] and made_by[:1] != ["diffusers"]:
+        named = isinstance(made_by, list) and part != "_class_name" and made_by != [None, None]
+        if named and not {*made_by[:1]} & {*libraries}:
             raise ModelError(
                 f"{path}: {part} is made by {made_by[0]}, code of its own", "give a folder of stock diffusers"
             )
+    return index
+
+
+def _require_two_parts(index: dict[str, Any], folder: Path) -> None:
+    if not isinstance(index.get("_class_name"), str | None) or index.get("_class_name") not in PIPELINES:
+        raise ModelError(
+            f"{folder / 'model_index.json'}: pipeline {index['_class_name']} is not one network and one scheduler",
+            "give a folder of ConsistencyModelPipeline, or one with unet/ and scheduler/ alone",
+        )
 
 
 def read_generator(source: Source, config: AdoptConfig, teacher: Sealed | None) -> tuple[OneStepGenerator, Labels]:

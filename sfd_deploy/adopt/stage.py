@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfd_deploy.adopt.checkpoint import read_checkpoint
-from sfd_deploy.adopt.config import OFFICIAL_TIMESTEP, AdoptConfig
+from sfd_deploy.adopt.config import OFFICIAL_TIMESTEP, AdoptConfig, SourceConfig
 from sfd_deploy.adopt.official import Architecture, class_vectors, read_architecture, to_stock
 from sfd_deploy.adopt.source import name_labels, open_source, read_generator
 from sfd_deploy.adopt.stock import draw_stock
@@ -43,7 +43,7 @@ def adopt_folder(config: AdoptConfig, folder: Path) -> Run:
     """
     source = open_source(Path(config.source))
     teacher = _teacher(config)
-    if (run := _finished(folder, config, source.as_parent(), teacher)) is not None:
+    if (run := finished(folder, config, source.as_parent(), teacher)) is not None:
         return run
     generator, labels = read_generator(source, config, teacher)
     latents, asked = _samples(generator, labels)
@@ -52,7 +52,7 @@ def adopt_folder(config: AdoptConfig, folder: Path) -> Run:
     adopted = {"layout": "diffusers", "scheduler": source.scheduler.get("_class_name"),
                "null_label_dropped": rows > labels.count,
                "files": {name: record.sha256 for name, record in source.files.items()}}  # fmt: skip
-    with _sealed(folder, config, source.as_parent(), teacher, _facts(generator, labels, teacher, adopted)) as target:
+    with sealing(folder, config, source.as_parent(), teacher, _facts(generator, labels, teacher, adopted)) as target:
         _write(generator, target, _card(source.as_parent(), labels, teacher))
         source.require_unchanged()
         _require_same(generator, target, latents, asked, expected)
@@ -70,7 +70,7 @@ def adopt_checkpoint(config: AdoptConfig, folder: Path) -> Run:
     checkpoint = read_checkpoint(file)
     parent = Parent(kind="generator", name=file.name, digest=checkpoint.sha256)
     teacher = _teacher(config)
-    if (run := _finished(folder, config, parent, teacher)) is not None:
+    if (run := finished(folder, config, parent, teacher)) is not None:
         return run
     architecture = read_architecture(checkpoint.tensors, config.image_size)
     labels = name_labels(file, architecture.classes, config, teacher)
@@ -79,7 +79,7 @@ def adopt_checkpoint(config: AdoptConfig, folder: Path) -> Run:
     latents, asked = _samples(generator, labels)
     adopted = {"layout": "official DDPM", "entry": checkpoint.entry, "step": checkpoint.step, "timestep": timestep,
                "null_label_dropped": True, "sha256": checkpoint.sha256}  # fmt: skip
-    with _sealed(folder, config, parent, teacher, _facts(generator, labels, teacher, adopted)) as target:
+    with sealing(folder, config, parent, teacher, _facts(generator, labels, teacher, adopted)) as target:
         _write(generator, target, _card(parent, labels, teacher))
         _require_same(generator, target, latents, asked, draw_stock(target, latents, asked, generator.sigma_init))
     return Run(folder)
@@ -122,8 +122,12 @@ def _teacher(config: AdoptConfig) -> Sealed | None:
     return None if config.teacher is None else open_teacher(config.teacher, class_names=config.class_names)
 
 
-def _finished(folder: Path, config: AdoptConfig, source: Parent, teacher: Sealed | None) -> Run | None:
-    """The run in ``folder`` if it is this very one; None if there is nothing yet."""
+def finished(folder: Path, config: SourceConfig, source: Parent, teacher: Sealed | None) -> Run | None:
+    """The run in ``folder`` if it is this very one; None if there is nothing yet.
+
+    Raises:
+        RunError: something else is there.
+    """
     target = folder / "generator"
     if not target.exists():
         return None
@@ -140,9 +144,10 @@ def _parents(source: Parent, teacher: Sealed | None) -> tuple[Parent, ...]:
     return (source, *([teacher.as_parent()] if teacher is not None else []))
 
 
-def _sealed(
-    folder: Path, config: AdoptConfig, source: Parent, teacher: Sealed | None, facts: dict[str, Any]
+def sealing(
+    folder: Path, config: SourceConfig, source: Parent, teacher: Sealed | None, facts: dict[str, Any]
 ) -> AbstractContextManager[Path]:
+    """The folder that becomes the run's generator when the block succeeds."""
     return sealed_folder(
         folder / "generator", "generator", parents=_parents(source, teacher), config=config.resolved(), facts=facts
     )
@@ -155,14 +160,23 @@ def _facts(
     facts: dict[str, Any] = {
         "labels": labels.resolved(), "sigma_init": generator.sigma_init, "image_shape": shape, "adopted": adopted,
     }  # fmt: skip
-    if teacher is not None:
-        if list(teacher.facts.get("image_shape", shape)) != shape:
-            raise ConfigError(
-                f"{teacher.folder}: draws images of shape {teacher.facts['image_shape']}, the generator of {shape}",
-                "name the teacher that it was distilled from",
-            )
-        facts["teacher"] = str(teacher.folder.resolve())
-    return facts
+    return facts | teacher_facts(teacher, shape)
+
+
+def teacher_facts(teacher: Sealed | None, shape: list[int]) -> dict[str, Any]:
+    """Where audits find the teacher of a generator of images, or latents, of ``shape``.
+
+    Raises:
+        ConfigError: it draws others.
+    """
+    if teacher is None:
+        return {}
+    if list(teacher.facts.get("image_shape", shape)) != shape:
+        raise ConfigError(
+            f"{teacher.folder}: draws images of shape {teacher.facts['image_shape']}, the generator of {shape}",
+            "name the teacher that it was distilled from",
+        )
+    return {"teacher": str(teacher.folder.resolve())}
 
 
 def _samples(generator: OneStepGenerator, labels: Labels) -> tuple[Tensor, Tensor]:
@@ -189,6 +203,15 @@ def _require_same(generator: OneStepGenerator, target: Path, latents: Tensor, la
         if name not in stored or not torch.equal(stored[name], value):
             raise LimitError(f"{target}: {name} was not written as it was read", "adopt it again")
     found = OneStepGenerator(written, generator.sigma_init).eval()(latents, labels)
+    require_close(found, expected)
+
+
+def require_close(found: Tensor, expected: Tensor) -> None:
+    """Refuse images that are not the source's.
+
+    Raises:
+        LimitError: with the largest difference.
+    """
     difference = (found - expected).abs().max().item()
     if not difference <= LARGEST_DIFFERENCE:  # NaN fails too
         raise LimitError(
