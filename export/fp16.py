@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnx import ModelProto
 
 from sfd_deploy.export.graph import tidy
+from sfd_deploy.export.weights import fits_one_file
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
@@ -16,4 +17,5 @@ def to_fp16(model: ModelProto) -> ModelProto:
 
     copy = ModelProto()
     copy.CopyFrom(model)  # the converter changes what it is given
-    return tidy(convert_float_to_float16(copy, keep_io_types=True))
+    # A graph of ours has its types; inferring them again takes the bytes that one message cannot hold.
+    return tidy(convert_float_to_float16(copy, keep_io_types=True, disable_shape_infer=not fits_one_file(model)))

@@ -22,6 +22,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from torch import Tensor, nn
 
 from sfd_deploy.errors import GraphError
+from sfd_deploy.export.weights import typed_stand_in
 from sfd_deploy.labels import Labels
 from sfd_deploy.models.generator import OneStepGenerator
 
@@ -212,13 +213,21 @@ def _keep_used_domains(model: ModelProto) -> None:
 
 
 def _checked(model: ModelProto) -> ModelProto:
+    stand_in = typed_stand_in(model)
     try:
-        typed = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        typed = onnx.shape_inference.infer_shapes(stand_in, strict_mode=True, data_prop=True)
         onnx.checker.check_model(typed, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GraphError(f"ONNX's checker refuses the graph ({reason})", "report this with the generator") from error
-    return typed
+    return typed if stand_in is model else _typed_as(typed, model)
+
+
+def _typed_as(typed: ModelProto, model: ModelProto) -> ModelProto:
+    for values in ("output", "value_info"):
+        del getattr(model.graph, values)[:]
+        getattr(model.graph, values).extend(getattr(typed.graph, values))
+    return model
 
 
 def _summary(error: Exception) -> str:

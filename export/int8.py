@@ -17,7 +17,9 @@ from onnx import ModelProto
 
 from sfd_deploy.export.config import Target
 from sfd_deploy.export.graph import tidy
+from sfd_deploy.export.graph_file import write_graph
 from sfd_deploy.export.samples import Feeds, Samples
+from sfd_deploy.export.weights import fits_one_file
 
 # Named: left out, the quantiser takes every operator it knows, which fails here.
 QUANTISED_OPERATORS = ["Conv", "Gemm", "MatMul"]
@@ -44,13 +46,16 @@ def quantise(
 
     with TemporaryDirectory(prefix="sfd-deploy-int8-") as folder:
         source, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("source", "prepared", "int8"))
-        onnx.save(model, source)
+        write_graph(model, source)
+        beside = not fits_one_file(model)
         # Symbolic shape inference fails on graphs of the dynamo exporter, whose shapes are complete anyway.
-        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quant_pre_process(
+            source, prepared, skip_symbolic_shape=True, save_as_external_data=beside, all_tensors_to_one_file=True
+        )
         quantize_static(
             prepared, quantised, _Reader(batches), quant_format=QuantFormat.QDQ,
             op_types_to_quantize=QUANTISED_OPERATORS, nodes_to_exclude=excluded_nodes(onnx.load(prepared), exclude),
-            per_channel=True, reduce_range=reduce_range, **_number_format(target),
+            per_channel=True, reduce_range=reduce_range, use_external_data_format=beside, **_number_format(target),
         )  # fmt: skip
         return tidy(onnx.load(quantised))
 

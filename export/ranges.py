@@ -19,7 +19,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sfd_deploy.errors import GraphError, LimitError
 from sfd_deploy.export.graph import consumers
+from sfd_deploy.export.graph_file import write_graph
 from sfd_deploy.export.samples import Feeds, Samples
+from sfd_deploy.export.weights import typed_stand_in
 from sfd_deploy.progress import progress_bar
 from sfd_deploy.runtime.ort import open_session
 
@@ -98,7 +100,7 @@ def _activation_peaks(model: ModelProto, batches: Iterable[Feeds], count: int) -
         TemporaryDirectory(prefix="sfd-deploy-ranges-") as folder,
         progress_bar("checking ranges", count) as advance,
     ):
-        onnx.save(probed, Path(folder) / "probed.onnx")
+        write_graph(probed, Path(folder) / "probed.onnx")
         session = open_session(Path(folder) / "probed.onnx", "cpu")
         for feeds in batches:
             top = np.maximum(top, _probe(session, feeds, len(tensors)))
@@ -133,7 +135,7 @@ def _with_probes(model: ModelProto) -> tuple[ModelProto, list[tuple[NodeProto, s
 
 
 def _element_types(model: ModelProto) -> dict[str, int]:
-    typed = onnx.shape_inference.infer_shapes(model)
+    typed = onnx.shape_inference.infer_shapes(typed_stand_in(model))
     types = {item.name: item.type.tensor_type.elem_type for item in [*typed.graph.value_info, *typed.graph.output]}
     for node in model.graph.node:
         if untyped := [name for name in node.output if name and name not in types]:

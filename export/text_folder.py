@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfd_deploy.export.graph import to_bytes
+from sfd_deploy.export.graph_file import write_graph
 from sfd_deploy.export.text_graphs import Graphs, with_unread_timestep
 from sfd_deploy.models.folder import read_json
 from sfd_deploy.models.text.folder import TOKENIZER_FILES
@@ -31,7 +31,7 @@ def write_pipeline(graphs: Graphs, generator: Path, schedule: DDIMScheduler, fol
     scheduler.save_pretrained(folder / "scheduler")
     for part, graph in graphs.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
-        (folder / part / GRAPH_FILE).write_bytes(to_bytes(with_unread_timestep(graph) if part == "unet" else graph))
+        write_graph(with_unread_timestep(graph) if part == "unet" else graph, folder / part / GRAPH_FILE)
         write_json(folder / part / "config.json", part_config(part, generator))
     index = read_json(generator / "model_index.json") | {"scheduler": ["diffusers", type(scheduler).__name__]}
     write_json(folder / "model_index.json", index)

@@ -38,7 +38,6 @@ JOINTS: tuple[tuple[Part, Part, str], ...] = (
     ("unet", "vae_decoder", "latent_sample"),
 )
 UNREAD = "timestep"
-FILE_LIMIT = 2**31 - 2**20  # of protobuf, with room for the nodes
 MASKED = np.float32(-1e4)  # softmax gives such a place 0, as it does the lowest float, and FP16 can hold it
 
 
@@ -87,7 +86,7 @@ def trace_text_generator(parts: TextParts, sigma_init: float, opset: int) -> Gra
     """The three FP32 graphs of one generator, their joints checked.
 
     Raises:
-        ModelError: the text encoder reads an attention mask, or a part is too large for one file.
+        ModelError: the text encoder reads an attention mask.
         GraphError: an operation that cannot be exported, or a joint that does not fit.
     """
     if getattr(parts.text_encoder.config, "use_attention_mask", False):
@@ -108,21 +107,10 @@ def trace_text_generator(parts: TextParts, sigma_init: float, opset: int) -> Gra
         ),
         "vae_decoder": (_Decoder(parts.vae), {"latent_sample": latents}),
     }  # fmt: skip
-    for part, (module, _) in inputs.items():
-        _require_one_file(part, module, parts)
     graphs = {part: trace(module.eval(), example, [OUTPUTS[part]], opset) for part, (module, example) in inputs.items()}
     graphs["text_encoder"] = with_finite_mask(graphs["text_encoder"])
     require_joints(graphs)
     return graphs
-
-
-def _require_one_file(part: Part, module: nn.Module, parts: TextParts) -> None:
-    size = 4 * sum(weight.numel() for weight in module.parameters())
-    if size > FILE_LIMIT:
-        raise ModelError(
-            f"{parts.folder}: {part} has {size / 1e9:.2f} GB of FP32 weights, one ONNX file holds 2 GB",
-            "export a smaller network; weights beside the graph are not written yet",
-        )
 
 
 def with_finite_mask(model: ModelProto) -> ModelProto:

@@ -30,6 +30,7 @@ from sfd_deploy.export.text_folder import copy_words, write_pipeline
 from sfd_deploy.export.text_graphs import Graphs, require_joints, trace_text_generator
 from sfd_deploy.export.text_parity import encoding_difference, require_encodings, require_told_apart
 from sfd_deploy.export.text_samples import feeds_of, spread
+from sfd_deploy.export.weights import require_one_file
 from sfd_deploy.manifest import Sealed, digest_of, verify
 from sfd_deploy.models.text.folder import TextParts, load_parts
 from sfd_deploy.models.text.generator import OneStepTextGenerator
@@ -203,7 +204,9 @@ class _Compiler:
 
     def _engine(self, name: str, part: Part, made: Pipeline, flavour: Flavour) -> Engine:
         # Without the timestep that it does not read, which an engine would ask for.
-        return build_engine(to_bytes(made.graphs[part]), f"{name} {part}", made.precision, flavour, self.config)
+        graph, name = made.graphs[part], f"{name} {part}"
+        require_one_file(graph, name, "TensorRT's parser", "export --trt --fp16, which is half as large")
+        return build_engine(to_bytes(graph), name, made.precision, flavour, self.config)
 
     def _facts(self, made: Pipeline, **own: Any) -> dict[str, Any]:
         precisions = {part: part_precision(part, made.precision) for part in PARTS}

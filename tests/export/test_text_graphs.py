@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from sfd_deploy.errors import GraphError, ModelError
-from sfd_deploy.export import text_graphs
 from sfd_deploy.export.text_folder import passing_scheduler
 from sfd_deploy.export.text_graphs import require_joints, trace_text_generator, with_finite_mask
 from sfd_deploy.runtime.text import PARTS, Part
@@ -173,12 +172,6 @@ def test_a_text_encoder_with_an_attention_mask_is_refused():
             trace_text_generator(parts, 2.5, 20)
     finally:
         del parts.text_encoder.config.use_attention_mask
-
-
-def test_a_part_that_no_onnx_file_holds_is_refused_before_it_is_traced(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(text_graphs, "FILE_LIMIT", 100_000)
-    with pytest.raises(ModelError, match=r"unet has 0\.00 GB of FP32 weights"):
-        trace_text_generator(text_parts(), 2.5, 20)
 
 
 def test_fp16_holds_half_precision_weights_in_all_three_parts_and_fp32_at_every_joint():
