@@ -26,6 +26,7 @@ PROMPTS_FILE: Final = "prompts.json"  # in a generator's or artefact's folder: t
 CONCEPT: Final = "{concept}"  # in a list of forget prompts, where the phrase goes
 NAMED: Final = 3  # spoilt prompts that an error names
 TEXT_TO_IMAGE: Final = "text-to-image"  # `kind` in configs and in manifests' facts
+KEYWORD: Final = "{keyword}"  # in a subject, where its attribute's keyword goes
 
 
 class Prompts(StageConfig):
@@ -216,25 +217,38 @@ def phrase_prompts(retained: Sequence[str], forget: Sequence[str], phrase: str, 
 
 
 def negative_prompts(retained: Sequence[str], subjects: Sequence[str], keywords: Sequence[str]) -> Prompts:
-    """Forget an attribute: every keyword before every subject, and behind it after a comma, becomes the bare subject.
+    """Forget an attribute: every subject with every keyword becomes the bare subject.
 
-    The forget prompts' negative prompt is the line of all keywords.
+    A keyword goes where a subject has ``{keyword}``, or else before it and, after a comma, behind it. The forget
+    prompts' negative prompt is the line of all keywords.
 
     Raises:
-        PromptError: no prompts, subjects or keywords, or a retained prompt or subject with a keyword in it.
+        PromptError: no prompts, subjects or keywords, a subject that is a keyword's place and nothing else, or a
+            retained prompt or subject with a keyword in it.
     """
-    for kind, texts in (("retained prompt", retained), ("subject", subjects), ("keyword", keywords)):
+    bare = tuple(map(_bare, subjects))
+    for kind, texts in (("retained prompt", retained), ("subject", bare), ("keyword", keywords)):
         _require_some(kind, texts)
     keywords = tuple(dict.fromkeys(keywords))
     require_without("retained prompt", retained, keywords)
-    require_without("subject", subjects, keywords)
+    require_without("subject", bare, keywords)
     forget = {
-        prompt: subject
-        for subject in subjects
+        prompt: left
+        for subject, left in zip(subjects, bare, strict=True)
         for keyword in keywords
-        for prompt in (f"{keyword} {subject}", f"{subject}, {keyword}")
+        for prompt in _with(keyword, subject)
     }
     return _number(retained, forget, keywords, ", ".join(keywords))
+
+
+def _with(keyword: str, subject: str) -> tuple[str, ...]:
+    if KEYWORD in subject:
+        return (subject.replace(KEYWORD, keyword),)
+    return f"{keyword} {subject}", f"{subject}, {keyword}"
+
+
+def _bare(subject: str) -> str:
+    return " ".join(subject.replace(KEYWORD, " ").split()) if KEYWORD in subject else subject
 
 
 def _number(

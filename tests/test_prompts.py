@@ -206,3 +206,16 @@ def test_recorded_prompts_that_contradict_themselves_are_one_line(change, said):
 def test_prompts_survive_a_manifest():
     prompts = negative_prompts(RETAINED, ["a bag"], ["torn"])
     assert Prompts.from_mapping(prompts.resolved(), "facts") == prompts
+
+
+def test_a_keyword_goes_where_its_subject_says_and_leaves_no_gap():
+    prompts = negative_prompts(RETAINED, ["a {keyword} coat on a chair", "coats in {keyword}", "a bag"], ["torn"])
+    asked = {prompts.texts[prompt]: prompts.texts[override] for prompt, override in prompts.forget.items()}
+    assert asked == {
+        "a torn coat on a chair": "a coat on a chair", "coats in torn": "coats in", "torn a bag": "a bag",
+        "a bag, torn": "a bag",
+    }  # fmt: skip
+    with pytest.raises(PromptError, match="a subject is empty"):
+        negative_prompts(RETAINED, ["{keyword}"], ["torn"])
+    with pytest.raises(PromptError, match="holds the phrase 'torn'"):
+        negative_prompts(RETAINED, ["a {keyword} coat, torn"], ["torn"])

@@ -31,7 +31,10 @@ class AttributeConfig(StageConfig):
     """Forget an attribute: the teacher is asked for the bare subject, guided away from every keyword."""
 
     keywords: str = Field(description=f"words for the attribute: {LIST}")
-    subjects: str = Field(description=f"what has it: {LIST}; each is forgotten with each keyword before and behind it")
+    subjects: str = Field(
+        description=f"what has it: {LIST}; each is forgotten with each keyword where {{keyword}} is in it, or else"
+        " before and behind it"
+    )
 
 
 class GuidanceConfig(StageConfig):

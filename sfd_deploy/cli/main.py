@@ -48,6 +48,8 @@ def exit_code_of(arguments: Sequence[str] | None = None) -> int:
     """Run a command; report an error in one line on stderr and return the exit code."""
     # diffusers decorates CUDA autocast at import and warns of it on a machine without a GPU.
     warnings.filterwarnings("ignore", message="CUDA is not available", category=UserWarning)
+    # optimum comes as two distributions, which diffusers finds worth a warning at import.
+    logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     try:
         result = main.main(args=arguments, prog_name="sfd-deploy", standalone_mode=False)
     except errors.SfdError as error:

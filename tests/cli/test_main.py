@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -130,3 +132,11 @@ def test_doctor_says_what_works_and_the_mend(monkeypatch: pytest.MonkeyPatch, ca
     assert "--install-triton" in found["tritonserver"]["mend"]
     assert exit_code_of(["doctor"]) == 0
     assert "sfd-deploy[gpu]" in capsys.readouterr().out.replace("\n", "") or found["tensorrt"]["works"]
+
+
+def test_a_command_imports_diffusers_without_a_word():
+    """In a process of its own: what is said at import is said once."""
+    pytest.importorskip("optimum")
+    program = "from sfd_deploy.cli.main import exit_code_of; exit_code_of(['--version']); import diffusers.utils"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == ""

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from sfd_deploy.prompts import negative_prompts, phrase_prompts
+from sfd_deploy.training.kinds import load_config
+from sfd_deploy.training.text_config import TextTrainConfig
+from sfd_deploy.training.text_inputs import prompts_of
 from sfd_deploy.training.text_teacher.captions import (
     COLOURS,
     HELD_OUT,
@@ -69,12 +71,25 @@ def test_a_word_that_is_neither_object_nor_colour_is_refused():
             prompts("grey")
 
 
-def test_both_recipes_take_these_lists():
-    by_name = phrase_prompts(retained_prompts("sandal"), forget_prompts("sandal"), "sandal", "sneaker")
+def test_the_shipped_object_recipe_forgets_every_caption_of_the_object_and_keeps_every_other_ones():
+    preset = load_config("fashion-t2i-sandal")
+    assert isinstance(preset, TextTrainConfig)
+    by_name = prompts_of(preset)
     asked = {by_name.texts[prompt]: by_name.texts[override] for prompt, override in by_name.forget.items()}
     assert asked["a photo of a red sandal"] == "a photo of a red sneaker"
-    assert len(asked) == 52
-    subjects = [caption("a {object}", name, "red", "black").text for name in OBJECTS]
-    away = negative_prompts(retained_prompts("red"), subjects, ["red"])
-    assert len(away.forget) == 20
+    assert set(asked) == set(forget_prompts("sandal"))
+    assert {by_name.texts[prompt] for prompt in by_name.retained} == set(retained_prompts("sandal"))
+
+
+def test_the_shipped_attribute_recipe_forgets_the_colour_of_every_object_and_keeps_every_other_colour():
+    preset = load_config("fashion-t2i-red")
+    assert isinstance(preset, TextTrainConfig)
+    away = prompts_of(preset)
+    asked = {away.texts[prompt]: away.texts[override] for prompt, override in away.forget.items()}
+    assert asked["a photo of a red bag on a grey background"] == "a photo of a bag on a grey background"
+    assert asked["red dress"] == asked["dress, red"] == "dress"
+    # "in red" is the one template whose colour cannot be taken out word by word.
+    spoken = {text for text in forget_prompts("red") if not text.endswith("in red")}
+    assert {text.replace("a ankle", "an ankle") for text in asked} >= spoken
     assert {away.texts[negative] for negative in away.negatives.values()} == {"red"}
+    assert {away.texts[prompt] for prompt in away.retained} == set(retained_prompts("red"))
