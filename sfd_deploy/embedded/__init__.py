@@ -35,7 +35,7 @@ def resolve(name_or_folder: str | Path, kind: Kind) -> Sealed:
     shipped = _shipped(kind)
     if str(name_or_folder) in shipped:
         return verify(shipped[str(name_or_folder)], kind)
-    near = difflib.get_close_matches(str(name_or_folder), shipped, n=1)
+    near = difflib.get_close_matches(str(name_or_folder), shipped, n=1, cutoff=0.8)
     hint = f"did you mean {near[0]}?" if near else f"give a {kind} folder, or one of: {', '.join(shipped)}"
     raise RunError(f"{name_or_folder}: no such {kind}", hint)
 
