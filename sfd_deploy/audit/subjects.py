@@ -10,7 +10,7 @@ from sfd_deploy.manifest import Sealed
 from sfd_deploy.runs import Run
 
 # What a back end loads; cards, training records and parity notes are not the model.
-MODEL_SUFFIXES = {".onnx", ".plan", ".engine", ".data", ".safetensors", ".xml", ".bin"}
+MODEL_SUFFIXES = {".onnx", ".onnx_data", ".plan", ".engine", ".data", ".safetensors", ".xml", ".bin"}
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sfd_deploy.audit.subjects import Subject
 from sfd_deploy.audit.text_stage import audit_text_folder, audit_text_run
 from sfd_deploy.errors import DigestError, LabelError, PromptError, RunError
 from sfd_deploy.evidence import AuditRecord, FamilyFigures, GuidedTeacherFigures, read_record
 from sfd_deploy.latents import Latents
+from sfd_deploy.manifest import verify
 from sfd_deploy.measure.fidelity import frechet_distance, gaussian
 from sfd_deploy.policy.plan import Plan
 from sfd_deploy.probes import TRAINING, Families
 from sfd_deploy.prompts import negative_prompts
-from sfd_deploy.runs import Run
+from sfd_deploy.runs import Run, sealed_folder
 from tests.audit.test_report import Page
 from tests.audit.text_toy import (
     POLICY,
@@ -259,3 +261,12 @@ def test_the_teacher_itself_fails_by_the_concept_alone(tmp_path, text_world):
     assert record.exit_code == 1
     assert all("forget rate" in reason or "became" in reason for reason in record.artefacts[0].reasons)
     assert sealed.folder == tmp_path / "audit-of-dresser" / "audit"
+
+
+def test_weights_beside_a_graph_count_as_the_model(tmp_path):
+    with sealed_folder(tmp_path / "onnx-cpu-fp32", "artefact", facts={"precision": "fp32"}) as folder:
+        (folder / "unet").mkdir()
+        (folder / "unet" / "model.onnx").write_bytes(b"graph")
+        (folder / "unet" / "model.onnx_data").write_bytes(b"weights of it")
+        (folder / "unet" / "config.json").write_text("{}")
+    assert Subject(verify(tmp_path / "onnx-cpu-fp32")).bytes == len(b"graph") + len(b"weights of it")
