@@ -86,6 +86,10 @@ class Found:
     def missed(self) -> Iterator[str]:
         """Each criterion that is missed, in words."""
         names = self.families.class_names
+        yield from (f"{self.name}: no family {wanted!r}" for wanted in PROMISED if wanted not in names)
+        for verdict in self.record.artefacts:
+            if verdict.verdict != "pass":
+                yield f"{self.name}, {verdict.name}: {verdict.verdict}: {'; '.join(verdict.reasons)}"
         for row, figures in self.rows.items():
             for label, found in figures.forget_by_label.items():
                 if names[label] in PROMISED and found.upper_99 > MAX_BOUND:
@@ -96,18 +100,26 @@ class Found:
 
 def find(name: str, home: Path, device: str) -> Found:
     """Make, or take from ``home``, one experiment's figures."""
-    ledger = Ledger(home / "results", {"configs": {key: load_config(key).resolved() for key in EXPERIMENTS}})
     run = run_training(load_config(name), home / name, device)
-    record = ledger.result(name, AuditRecord, lambda: _audit(run, name, device))
-    return Found(name, ledger.result(f"{name}-before", Before, lambda: _before(run, name, record, device)), record)
+    probes = Probes.load(name, "probes")
+    ledger = Ledger(home / "results" / name, {
+        "generator": run.generator().digest, "probes": probes.resolved(), "policy": _policy().digest,
+        "judges": [judge.digest for judge in find_family_judges(probes, ())],
+    })  # fmt: skip
+    record = ledger.result("audit", AuditRecord, lambda: _audit(run, name, device))
+    return Found(name, ledger.result("before", Before, lambda: _before(run, name, record, device)), record)
 
 
 def _audit(run: Run, name: str, device: str) -> AuditRecord:
     missing = [precision for precision in PRECISIONS if f"onnx-cpu-{precision}" not in run.artefact_names()]
     if missing:
         export_any(run, ("onnx",), missing, {})
-    record, _ = audit_selection(Selection(run=run), policy=Policy.load("default", "policy"), probes=name, device=device)
+    record, _ = audit_selection(Selection(run=run), policy=_policy(), probes=name, device=device)
     return record
+
+
+def _policy() -> Policy:
+    return Policy.load("default", "policy")
 
 
 def _before(run: Run, name: str, record: AuditRecord, device: str) -> Before:

@@ -62,7 +62,7 @@ def read_values(name_or_file: str, stage: str) -> tuple[Any, str]:
     """
     text, source = read_named(name_or_file, stage)
     try:
-        repeated = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))
+        repeated = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader), set())
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
@@ -74,8 +74,14 @@ def read_values(name_or_file: str, stage: str) -> tuple[Any, str]:
     return values, source
 
 
-def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
-    """The first key that its mapping holds twice: YAML lets the last one win, without a word."""
+def _repeated_key(node: yaml.Node | None, seen: set[int]) -> yaml.Node | None:
+    """The first key that its mapping holds twice: YAML lets the last one win, without a word.
+
+    ``seen`` are nodes looked at already: aliases lead to one again, and may lead round.
+    """
+    if id(node) in seen:
+        return None
+    seen.add(id(node))
     children: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         pairs: list[tuple[yaml.Node, yaml.Node]] = node.value
@@ -84,7 +90,7 @@ def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
             if keys.count(key.value) > 1:
                 return key
         children = [value for _, value in pairs]
-    return next(filter(None, map(_repeated_key, children)), None)
+    return next((found for child in children if (found := _repeated_key(child, seen)) is not None), None)
 
 
 def read_named(name_or_file: str, stage: str) -> tuple[str, str]:

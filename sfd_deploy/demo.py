@@ -17,6 +17,7 @@ import numpy as np
 
 from sfd_deploy.audit.selection import Selection
 from sfd_deploy.audit.stage import audit_selection
+from sfd_deploy.embedded import resolve
 from sfd_deploy.evidence import AuditRecord, contract_row
 from sfd_deploy.export.kinds import export_any
 from sfd_deploy.latents import Latents
@@ -42,6 +43,14 @@ class Demo:
     backends: tuple[str, ...]
     precisions: tuple[str, ...]
     probes: str | None = None
+
+    def require_teacher(self) -> None:
+        """Refuse a demo whose teacher is not in the package.
+
+        Raises:
+            RunError: it is not.
+        """
+        resolve(load_config(self.config).teacher, "teacher")
 
 
 CLASSES = Demo("fashion-mnist", ("onnx", "trt"), ("fp32", "fp16", "int8"))

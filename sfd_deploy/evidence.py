@@ -91,9 +91,13 @@ class TeacherFigures(StageConfig):
 
 
 class GuidedTeacherFigures(TeacherFigures):
-    """As ``TeacherFigures``, and how a teacher of prompts drew: guidance and steps."""
+    """As ``TeacherFigures``, and how a teacher of prompts drew: guidance and steps.
+
+    ``concept_by_label`` is by forget family, the positive control: how often either judge sees the concept there.
+    """
 
     settings: dict[str, Any]
+    concept_by_label: dict[int, Count]
 
 
 class ArtefactRecord(StageConfig):

@@ -68,6 +68,10 @@ class Probes(StageConfig):
     )
     retained: dict[str, Family] = Field(min_length=1)
     teacher: TeacherChanges = TeacherChanges()
+    control: float = Field(
+        0.5, gt=0, le=1, description="share of the teacher's images of the training prompts that must show the concept;"
+        " where judges cannot see it there, not seeing it afterwards proves nothing",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def names_must_differ(self) -> Self:
@@ -121,6 +125,7 @@ class Probes(StageConfig):
             shows=(*[self.concept] * len(forget), *(family.shows for family in self.kept.values())),
             prompts=(*forget.values(), *(family.prompts for family in self.kept.values())),
             stand_ins=stand_ins,
+            control=self.control,
         )
 
     def _require_kept(self, forgotten: set[str], phrases: Iterable[str]) -> None:
@@ -148,13 +153,14 @@ class Probes(StageConfig):
 class Families(Labels):
     """Prompt families as labels: forget families first, then the override's, then retained ones.
 
-    ``shows`` and ``prompts`` are by label. ``stand_ins`` are the families that say how well what may be drawn in
-    the concept's place is drawn, and how often judges mistake it for the concept.
+    ``shows`` and ``prompts`` are by label, ``control`` as in ``Probes``. ``stand_ins`` are the families that say how
+    well what may be drawn in the concept's place is drawn, and how often judges mistake it for the concept.
     """
 
     shows: tuple[str, ...]
     prompts: tuple[tuple[str, ...], ...]
     stand_ins: tuple[int, ...]
+    control: float
 
     @property
     def concept(self) -> str:

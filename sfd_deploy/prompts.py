@@ -143,6 +143,8 @@ def prompts_in(folder: Path) -> Prompts:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{folder}: no {PROMPTS_FILE} in it", "give a text-to-image run") from None
+    except (OSError, ValueError):
+        raise RunError(f"{file}: not readable JSON", "restore the file, or make the folder again") from None
     return Prompts.from_mapping(values, str(file))
 
 

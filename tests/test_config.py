@@ -103,3 +103,10 @@ def test_a_key_that_is_there_twice_is_refused_however_deep(tmp_path):
         read_values(str(file), "policy")
     file.write_text("- {a: 1, b: 2}\n- {a: 1, b: 2}\n")
     assert read_values(str(file), "policy")[0] == [{"a": 1, "b": 2}] * 2
+
+
+def test_an_alias_that_leads_round_is_no_endless_walk(tmp_path):
+    file = tmp_path / "round.yaml"
+    file.write_text("a: &x {b: *x}\n")
+    values, _ = read_values(str(file), "train")
+    assert values["a"]["b"] is values["a"]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfd_deploy.errors import BAD_INPUT, ConfigError, PromptError
-from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts, read_prompts, rewrite
+from sfd_deploy.errors import BAD_INPUT, ConfigError, PromptError, RunError
+from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts, prompts_in, read_prompts, rewrite
 
 RETAINED = ("a photo of a red bag", "a blue coat")
 
@@ -219,3 +219,10 @@ def test_a_keyword_goes_where_its_subject_says_and_leaves_no_gap():
         negative_prompts(RETAINED, ["{keyword}"], ["torn"])
     with pytest.raises(PromptError, match="holds the phrase 'torn'"):
         negative_prompts(RETAINED, ["a {keyword} coat, torn"], ["torn"])
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
+def test_a_prompts_file_that_is_no_json_is_one_line(tmp_path, content):
+    (tmp_path / "prompts.json").write_bytes(content)
+    with pytest.raises(RunError, match="not readable JSON"):
+        prompts_in(tmp_path)

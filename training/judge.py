@@ -157,7 +157,7 @@ def seal_judge(
         LimitError: its accuracy is below ``config.min_accuracy``.
     """
     measured = measure_judge(classifier.to("cpu"), held_out, held_out.class_names)
-    measured.require(config.min_accuracy)
+    measured.require(config.min_accuracy, "train longer or wider")
     facts = {"classifier": config.classifier.resolved(), "data": data_name, **measured.facts}
     with sealed_folder(target, "judge", config=config.resolved(), seed=config.seed, facts=facts) as folder:
         save_file(classifier.state_dict(), folder / WEIGHTS)

@@ -72,12 +72,21 @@ def verified_facts(folder: Path) -> dict[str, Any]:
     """
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     for name, recorded in facts["files"].items():
-        found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        found = sha256_of(folder / name)
         if found != recorded:
             raise ValueError(
                 f"{name}: sha256 is {found[:12]}, {FACTS} says {recorded[:12]}; run `sfd-deploy serve` again"
             )
     return facts
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def load_module(path: Path) -> Any:

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sfd_deploy.audit.figures import Yardstick, subject_figures, teacher_figures
+from sfd_deploy.audit.figures import Yardstick, count, subject_figures, teacher_figures
 from sfd_deploy.audit.panel import Panel
 from sfd_deploy.audit.reference import teacher_reference
 from sfd_deploy.audit.report import YARDSTICK, Pictures, render
@@ -87,9 +87,12 @@ class Audit:
         require_finite(samples, sealed)
         self.pictures[YARDSTICK] = samples.pictures()
         evaluations = self.instruments.network_evaluations
-        figures = teacher_figures(panel.look(samples), self.plan.labels, sealed, panel.real, evaluations)
-        if isinstance(self.plan.labels, Families):
-            figures = GuidedTeacherFigures(**dict(figures), settings=settings)
+        seen, labels = panel.look(samples), self.plan.labels
+        figures = teacher_figures(seen, labels, sealed, panel.real, evaluations)
+        if isinstance(labels, Families):
+            confidence = self.instruments.policy.confidence
+            shown = {label: count(seen.hits("control", label, label), confidence) for label in labels.forget}
+            figures = GuidedTeacherFigures(**dict(figures), settings=settings, concept_by_label=shown)
         return Yardstick(figures, panel.real)
 
     def _parity(self, generator: Sealed, yardstick: Yardstick) -> Seen:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sfd_deploy.errors import FAILED, INCONCLUSIVE, OK
 from sfd_deploy.evidence import ArtefactRecord, AuditRecord
-from sfd_deploy.labels import Labels
+from sfd_deploy.labels import MIXTURE, Labels
 from sfd_deploy.manifest import host_facts, tool_versions
 from sfd_deploy.measure.rates import allowed_hits
 from sfd_deploy.pictures import grid, png_bytes
@@ -62,9 +62,10 @@ def render(record: AuditRecord, pictures: Pictures) -> str:
 
 
 def _floors(record: AuditRecord, labels: Labels, policy: Policy) -> str:
-    floors = [f"{override_floor(record.teacher, policy, labels.overrides_of(label)):.3f}" for label in labels.forget]
-    # Families share their floors: one is enough.
-    return ", ".join(dict.fromkeys(floors) if isinstance(labels, Families) else floors)
+    # Of prompt families the training prompts alone owe an override, if there is one.
+    owing = [label for label, override in labels.forget.items()
+             if not isinstance(labels, Families) or override != MIXTURE]  # fmt: skip
+    return ", ".join(f"{override_floor(record.teacher, policy, labels.overrides_of(label)):.3f}" for label in owing)
 
 
 def _about(labels: Labels, label: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from sfd_deploy.errors import RunError
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.runs import Run
 
-# What a back end loads; cards, training records and parity notes are not the model.
+# What a back end loads; cards, training records and parity notes are not the model, nor is an adapter that is merged.
 MODEL_SUFFIXES = {".onnx", ".onnx_data", ".plan", ".engine", ".data", ".safetensors", ".xml", ".bin"}
 
 
@@ -44,7 +45,7 @@ class Subject:
         """Digest and size of every file that a back end loads."""
         files = self.sealed.manifest.files
         return tuple((record.sha256, record.bytes) for name, record in sorted(files.items())
-                     if any(name.endswith(suffix) for suffix in MODEL_SUFFIXES))  # fmt: skip
+                     if _is_loaded(PurePosixPath(name)))  # fmt: skip
 
     @property
     def bytes(self) -> int:
@@ -55,6 +56,11 @@ class Subject:
     def graphs(self) -> tuple[str, ...]:
         """Names of the artefacts it was built from: an engine's graph."""
         return tuple(parent.name for parent in self.sealed.manifest.parents if parent.kind == "artefact")
+
+
+def _is_loaded(name: PurePosixPath) -> bool:
+    # The same weights under another tokenizer are another model.
+    return name.parts[0] == "tokenizer" or (name.suffix in MODEL_SUFFIXES and name.parts[0] != "lora")
 
 
 def run_subjects(run: Run, generator: Sealed, names: Sequence[str]) -> tuple[Subject, ...]:

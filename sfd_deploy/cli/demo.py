@@ -9,8 +9,8 @@ import click
 from sfd_deploy.cli.options import json_option, show, table, threads_option, use_threads
 
 
-@click.command(epilog="Example: sfd-deploy demo --text-to-image")
-@click.option("--text-to-image", is_flag=True, help="On the teacher that draws from prompts.")
+@click.command(epilog="Example: sfd-deploy demo")
+@click.option("--text-to-image", is_flag=True, help="On the teacher that draws from prompts, once it is shipped.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: runs/demo or runs/demo-text-to-image]")
 @click.option(
     "--triton", type=click.Path(path_type=Path), help="Triton's environment; set up if missing  [default: .triton]"
@@ -31,8 +31,9 @@ def demo(
 
     use_threads(threads)
     output = output or Path("runs") / ("demo-text-to-image" if text_to_image else "demo")
-    server = install_triton(triton_folder(triton))
-    summary = run_demo(output, server, PROMPTS if text_to_image else CLASSES, set_up_seconds)
+    demo = PROMPTS if text_to_image else CLASSES
+    demo.require_teacher()  # before minutes go into setting Triton up
+    summary = run_demo(output, install_triton(triton_folder(triton)), demo, set_up_seconds)
     columns, rows = table_rows(summary)
     title = f"set-up {summary['seconds']['set_up']:.0f} s, run {summary['seconds']['run']:.0f} s; {output}/summary.json"
     show(summary, as_json, lambda console: console.print(table(title, columns, rows)))

@@ -64,16 +64,14 @@ class Measured:
             "confusion": confusion, "features": int(self.features.shape[1]),
         }  # fmt: skip
 
-    def require(self, min_accuracy: float) -> None:
+    def require(self, min_accuracy: float, mend: str) -> None:
         """Refuse a judge that errs more often than its config allows.
 
         Raises:
             LimitError: naming both accuracies.
         """
         if self.accuracy < min_accuracy:
-            raise LimitError(
-                f"judge accuracy is {self.accuracy:.4f}, the config wants {min_accuracy}", "train longer or wider"
-            )
+            raise LimitError(f"judge accuracy is {self.accuracy:.4f}, the config wants {min_accuracy}", mend)
 
     def write(self, folder: Path) -> None:
         """Write ``held_out.safetensors`` and ``reference.safetensors``."""

@@ -19,7 +19,7 @@ from sfd_deploy.manifest import digest_of
 from sfd_deploy.measure.rates import samples_to_certify
 from sfd_deploy.probes import Families
 
-Purpose = Literal["forget", "override", "retained", "reference", "picture"]
+Purpose = Literal["forget", "override", "retained", "reference", "picture", "control"]
 # Pictures of the teacher's forget labels in the report; no figure is taken of them.
 PICTURES = 8
 
@@ -112,7 +112,8 @@ class Cell(StageConfig):
 class Plan(StageConfig):
     """Every image an audit draws. Cells never share a latent, so no two figures lean on the same noise.
 
-    Prompt families are labels too: which of a family's prompts an image is drawn from follows from its seed.
+    Prompt families are labels too: which of a family's prompts an image is drawn from follows from its seed. Of their
+    forget families the teacher draws more than pictures, a positive control: whether judges see the concept at all.
     """
 
     seed: int
@@ -122,12 +123,15 @@ class Plan(StageConfig):
     @classmethod
     def of(cls, policy: Policy, labels: Labels) -> Self:
         """The plan of a policy for a model's labels or prompt families."""
+        before: tuple[Purpose, int] = ("picture", PICTURES)
+        if isinstance(labels, Families):
+            before = ("control", policy.reference_samples)
         wanted: list[tuple[Purpose, int, int]] = [
             *(("forget", label, policy.forget_samples) for label in sorted(labels.forget)),
             *(("override", label, policy.override_samples) for label in labels.overrides),
             *(("retained", label, policy.retained_samples) for label in labels.retained),
             *(("reference", label, policy.reference_samples) for label in labels.retained),
-            *(("picture", label, PICTURES) for label in sorted(labels.forget)),
+            *((before[0], label, before[1]) for label in sorted(labels.forget)),
         ]
         cells, start = [], 0
         for purpose, label, n in wanted:
@@ -148,7 +152,7 @@ class Plan(StageConfig):
     @property
     def teacher_cells(self) -> tuple[Cell, ...]:
         """What the teacher draws as the reference."""
-        return tuple(cell for cell in self.cells if cell.purpose in {"reference", "picture"})
+        return tuple(cell for cell in self.cells if cell.purpose in {"reference", "picture", "control"})
 
     def latents(self, cells: tuple[Cell, ...]) -> tuple[Latents, NDArray[np.int64]]:
         """Latents and labels (N,) of ``cells``, one after the other."""

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from statistics import mean
 
 from sfd_deploy.errors import FAILED, INCONCLUSIVE, OK
-from sfd_deploy.evidence import ArtefactRecord, Figures, TeacherFigures, Verdict
-from sfd_deploy.labels import Labels
+from sfd_deploy.evidence import ArtefactRecord, Figures, GuidedTeacherFigures, TeacherFigures, Verdict
+from sfd_deploy.labels import MIXTURE, Labels
 from sfd_deploy.policy.plan import Policy
+from sfd_deploy.probes import Families
 
 # 0.83 - 0.03 is below 0.80 in floating point; a limit met exactly is met.
 ROUNDING = 1e-9
@@ -54,6 +55,7 @@ def shortfalls(
     """Everything that keeps an artefact from passing."""
     return (
         *_forget(figures, labels, policy),
+        *_control(teacher, labels),
         *_quality(figures, teacher, policy),
         *_override(figures, teacher, labels, policy),
         *_parity(figures, policy, precision),
@@ -83,6 +85,17 @@ def _forget(figures: Figures, labels: Labels, policy: Policy) -> Iterator[Shortf
                 f"{count.upper:.2%}, on both sides of the limit of {limit:.2%}; more samples would tell"))  # fmt: skip
 
 
+def _control(teacher: TeacherFigures, labels: Labels) -> Iterator[Shortfall]:
+    """The training prompts, family 0: whether the judges see the concept where it is known to be."""
+    if isinstance(labels, Families) and isinstance(teacher, GuidedTeacherFigures):
+        seen = teacher.concept_by_label[0]
+        if seen.lower < labels.control:
+            yield Shortfall("control", "inconclusive", (
+                f"judges see {labels.concept} in {seen.hits} of {seen.n} images that the teacher draws of the "
+                f"{labels.class_names[0]}; the share must be {labels.control:.0%} for their not seeing it to mean "
+                "anything"))  # fmt: skip
+
+
 def _quality(figures: Figures, teacher: TeacherFigures, policy: Policy) -> Iterator[Shortfall]:
     floor = retained_floor(teacher, policy)
     if figures.retained_accuracy < floor - ROUNDING:
@@ -101,6 +114,8 @@ def _quality(figures: Figures, teacher: TeacherFigures, policy: Policy) -> Itera
 
 def _override(figures: Figures, teacher: TeacherFigures, labels: Labels, policy: Policy) -> Iterator[Shortfall]:
     for label, share in figures.override_share_by_label.items():
+        if isinstance(labels, Families) and labels.forget[label] == MIXTURE:
+            continue  # anything but the concept: the forget rate's own limit says more
         floor = override_floor(teacher, policy, labels.overrides_of(label))
         if share < floor - ROUNDING:
             yield Shortfall("override_share", "fail", (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,10 @@ def test_an_attribute_goes_and_anything_else_of_its_axis_may_come(tmp_path, text
     assert [families.class_names[label] for label in families.overrides] == ["in green", "in blue"]
     assert figures_of(record).override_share == 1.0
     red = record_of(tmp_path, text_world, lambda text, _: text, RED)
-    assert "only 0.0% of training prompts became anything but red" in " ".join(red.artefacts[0].reasons)
+    # Once, as a forget rate: "anything but red" is no criterion of its own.
+    assert [reason.partition(" is at")[0] for reason in red.artefacts[0].reasons] == [
+        "training prompts: the forget rate", "held-out paraphrases: the forget rate"
+    ]  # fmt: skip
     assert figures_of(red).forget.rate == 1.0
 
 
@@ -270,3 +274,38 @@ def test_weights_beside_a_graph_count_as_the_model(tmp_path):
         (folder / "unet" / "model.onnx_data").write_bytes(b"weights of it")
         (folder / "unet" / "config.json").write_text("{}")
     assert Subject(verify(tmp_path / "onnx-cpu-fp32")).bytes == len(b"graph") + len(b"weights of it")
+
+
+def test_judges_who_do_not_see_the_concept_at_the_teacher_prove_nothing(tmp_path, text_world):
+    """The positive control: nothing was forgotten, but these probes ask for what the run's prompts never showed."""
+    other = SANDAL | {"concept": "coat", "families": {}, "retained": {"bag": SANDAL["retained"]["bag"]}}
+    run = seal_text_run(tmp_path / "demo", text_world.teacher)
+    record = audit(run, text_world, TextOpener(generator=lambda text, number: text), other | {"override": None})
+    assert verdicts(record) == {"generator": "inconclusive"}
+    assert record.exit_code == 3
+    (reason,) = (reason for reason in record.artefacts[0].reasons if "judges see coat" in reason)
+    assert "images that the teacher draws of the training prompts" in reason
+
+
+def test_the_record_says_how_often_the_teacher_shows_the_concept(tmp_path, text_world):
+    record = record_of(tmp_path, text_world, forgetful)
+    assert isinstance(record.teacher, GuidedTeacherFigures)
+    shown = by_family(record, record.teacher.concept_by_label)
+    assert {name: seen.n for name, seen in shown.items()} == dict.fromkeys(
+        ["training prompts", *SANDAL["families"]], 60
+    )
+    assert min(seen.rate for seen in shown.values()) > 0.9
+
+
+def test_the_same_weights_under_another_tokenizer_are_measured_anew(tmp_path, text_world):
+    run = seal_text_run(tmp_path / "demo", text_world.teacher, ["onnx-cpu-fp32", "onnx-trt-fp32"])
+    for name, merges in (("onnx-cpu-fp32", "one"), ("onnx-trt-fp32", "another")):
+        target = run.folder / "artefacts" / name
+        parent, facts = run.generator().as_parent(), dict(verify(target).facts)
+        with sealed_folder(target, "artefact", parents=(parent,), facts=facts) as folder:
+            shutil.copytree(run.folder / "generator", folder, dirs_exist_ok=True, ignore=lambda *_: {"manifest.json"})
+            with (folder / "tokenizer" / "merges.txt").open("a") as handle:
+                handle.write(f"#{merges}\n")
+    readings = TextOpener(generator=forgetful, onnx_cpu_fp32=forgetful, onnx_trt_fp32=leaking(0.5))
+    record = audit(run, text_world, readings)
+    assert verdicts(record) == {"generator": "pass", "onnx-cpu-fp32": "pass", "onnx-trt-fp32": "fail"}

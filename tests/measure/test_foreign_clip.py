@@ -192,3 +192,8 @@ def test_classes_without_prompts_are_refused(classes, message):
 
 def test_pictures_are_shown_in_whole_levels():
     assert to_uint8(np.array([-1, 0.001, 1], np.float32)).tolist() == [0, 128, 255]
+
+
+def test_a_kind_that_is_no_word_is_one_line():
+    with pytest.raises(ConfigError, match="`kind` is"):
+        foreign_config({"kind": ["onnx"]}, "mine.yaml")

@@ -32,7 +32,7 @@ def foreign_config(values: Any, source: str) -> ForeignConfig:
         ConfigError: naming the key.
     """
     kind = values.get("kind") if isinstance(values, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"{source}: `kind` is {kind}", f"an adopted judge's is one of {', '.join(KINDS)}")
     return KINDS[kind].from_mapping(values, source)
 
@@ -55,7 +55,7 @@ def adopt_judge(config: ForeignConfig, source: Path, data: Labelled, target: Pat
             shutil.copyfile(path, folder / MODEL / name)
         with _blaming(source, folder / MODEL):
             measured = measure_judge(config.open(folder / MODEL / file), data, config.class_names)
-        measured.require(config.min_accuracy)
+        measured.require(config.min_accuracy, "give a better model, or mend `pixels` or `classes`")
         measured.write(folder)
         facts.update(measured.facts)
     return verify(target, "judge")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +74,7 @@ def require_plain_program(archive: Path) -> None:
     for name, source in _sources(archive):
         try:
             tree = ast.parse(source)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
             raise ModelError(f"its {name} cannot be read", "save it again with torch.jit.save") from None
         if found := sorted(set(_suspicious(tree))):
             raise ModelError(
@@ -92,7 +93,8 @@ def _sources(archive: Path) -> Iterator[tuple[str, str]]:
                 raise ModelError(f"its program is over {MOST_SOURCE_BYTES} bytes", "export it as ONNX")
             for member in programs:
                 yield member.filename, opened.read(member).decode()
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError):
+    # zipfile: an encrypted member is a RuntimeError, a compression that it has not NotImplementedError.
+    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, zlib.error, RuntimeError, NotImplementedError):
         raise ModelError("not a TorchScript archive", "save the model with torch.jit.save") from None
 
 
