@@ -11,6 +11,7 @@ import pytest
 
 from sfd_deploy import demo
 from sfd_deploy.cli.main import exit_code_of
+from sfd_deploy.errors import RunError
 from sfd_deploy.evidence import AuditRecord, read_record
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.policy.plan import Policy
@@ -50,11 +51,25 @@ def audited_already(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         sealed = seal_audit(run, row_of(run.artefact(MODEL)), policy_digest=policy.digest)
         return read_record(sealed), sealed
 
+    monkeypatch.setattr(demo.Demo, "require_teacher", lambda self: None)
     monkeypatch.setattr(demo, "load_config", lambda name: asked.setdefault("config", name))
     monkeypatch.setattr(demo, "run_training", lambda config, folder: asked["run"])
     monkeypatch.setattr(demo, "export_any", lambda run, *what: asked.setdefault("exported", what))
     monkeypatch.setattr(demo, "audit_selection", audited)
     return asked
+
+
+def test_a_demo_without_its_teacher_is_refused_before_triton_is_set_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def missing(name: str, kind: str) -> Sealed:
+        raise RunError(f"{name}: no such {kind}", "train it")
+
+    monkeypatch.setattr(demo, "resolve", missing)
+    triton = tmp_path / "triton"
+    assert exit_code_of(["demo", "--text-to-image", "--output", str(tmp_path), "--triton", str(triton)]) == 2
+    assert "fashion-t2i: no such teacher" in capsys.readouterr().err
+    assert not triton.exists()
 
 
 ASKED = {
