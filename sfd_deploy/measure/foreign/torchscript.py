@@ -93,8 +93,7 @@ def _sources(archive: Path) -> Iterator[tuple[str, str]]:
                 raise ModelError(f"its program is over {MOST_SOURCE_BYTES} bytes", "export it as ONNX")
             for member in programs:
                 yield member.filename, opened.read(member).decode()
-    # zipfile: an encrypted member is a RuntimeError, a compression that it has not NotImplementedError.
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, zlib.error, RuntimeError, NotImplementedError):
+    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, zlib.error, RuntimeError):  # the last: encrypted
         raise ModelError("not a TorchScript archive", "save the model with torch.jit.save") from None
 
 
