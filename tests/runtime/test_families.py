@@ -11,7 +11,7 @@ from sfd_deploy.runtime.families import FamilyRuntime
 
 FAMILIES = Families(
     class_names=("gone", "kept"), forget={0: MIXTURE}, shows=("sandal", "bag"),
-    prompts=(("a", "b", "c"), ("d", "e")), stand_ins=(1,),
+    prompts=(("a", "b", "c"), ("d", "e")), stand_ins=(1,), control=0.5,
 )  # fmt: skip
 
 
