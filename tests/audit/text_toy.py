@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
-from torch import nn
 
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import Sealed, verify
-from sfd_deploy.measure.judges import HELD_OUT, REFERENCE, WEIGHTS, ClassifierConfig, Judge, load_judge
+from sfd_deploy.measure.judges import ClassifierConfig, Judge
 from sfd_deploy.models.text.sampler import TextSampler
 from sfd_deploy.policy.plan import Policy
 from sfd_deploy.probes import Probes
@@ -27,6 +25,7 @@ from sfd_deploy.prompts import Prompts, phrase_prompts
 from sfd_deploy.runs import Run, sealed_folder, write_json
 from sfd_deploy.runtime import NotRunnableHereError
 from sfd_deploy.runtime.seam import Images, Runtime
+from tests.audit.toy import fit_and_seal
 from tests.text_world import clip_tokenizer, text_pipeline
 
 SIZE = 12
@@ -164,34 +163,12 @@ def real_images(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 def seal_judge(target: Path, axis: str, architecture: str, seed: int) -> Judge:
     """Train a small classifier of waves' objects or colours and seal it as a judge."""
-    torch.manual_seed(seed)
-    names = OBJECTS if axis == "object" else COLOURS
     config = ClassifierConfig.from_mapping({"architecture": architecture, "channels": 3, "widths": [8, 16]}, "toy")
-    classifier = config.build(len(names))
-    optimiser = torch.optim.Adam(classifier.parameters(), 1e-2)
-    images, *labels = real_images(seed, 768)
-    wanted = labels[axis != "object"]
-    for step in range(48):
-        rows = slice(64 * (step % 12), 64 * (step % 12) + 64)
-        loss = nn.functional.cross_entropy(classifier(images[rows]), wanted[rows])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    classifier.eval()
-    held_out, *truths = real_images(100 + seed, 480)
-    truth = truths[axis != "object"]
-    with torch.inference_mode():
-        features = classifier.features(held_out)
-        called = classifier.head(features).argmax(1)
-    by_class = [features[truth == label].double().numpy() for label in range(len(names))]
-    facts = {"class_names": list(names), "classifier": config.resolved()}
-    with sealed_folder(target, "judge", facts=facts) as folder:
-        save_file(classifier.state_dict(), folder / WEIGHTS)
-        save_file({"labels": truth.to(torch.int16), "predictions": called.to(torch.int16)}, folder / HELD_OUT)
-        mean = torch.from_numpy(np.stack([rows.mean(0) for rows in by_class]))
-        covariance = torch.from_numpy(np.stack([np.cov(rows.T) for rows in by_class]))
-        save_file({"mean": mean.float(), "covariance": covariance.float()}, folder / REFERENCE)
-    return load_judge(verify(target, "judge"))
+    by_colour = axis != "object"
+    learnt, held_out = (
+        (images, labels[by_colour]) for images, *labels in (real_images(seed, 768), real_images(100 + seed, 480))
+    )
+    return fit_and_seal(target, config, COLOURS if by_colour else OBJECTS, seed, learnt, held_out)
 
 
 def seal_pipeline(target: Path, kind: Any, **manifest: Any) -> Sealed:

@@ -6,7 +6,7 @@ verified, and a painter stands where a network would, behind the runtime seam.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,23 +142,30 @@ def real_images(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def seal_judge(target: Path, architecture: str, seed: int, class_names: tuple[str, ...] = NAMES) -> Judge:
     """Train a small classifier of gratings and seal it as a judge."""
-    torch.manual_seed(seed)
     config = ClassifierConfig.from_mapping({"architecture": architecture, "channels": 1, "widths": [8, 16]}, "toy")
-    classifier = config.build(len(NAMES))
+    return fit_and_seal(target, config, class_names, seed, real_images(seed, 1024), real_images(100 + seed, 800))
+
+
+def fit_and_seal(
+    target: Path, config: ClassifierConfig, class_names: Sequence[str], seed: int,
+    learnt: tuple[torch.Tensor, torch.Tensor], held_out: tuple[torch.Tensor, torch.Tensor],
+) -> Judge:  # fmt: skip
+    """Train a small classifier on images and labels, measure it on others, and seal it as a judge."""
+    torch.manual_seed(seed)
+    classifier, (images, labels), (others, truth) = config.build(len(class_names)), learnt, held_out
     optimiser = torch.optim.Adam(classifier.parameters(), 1e-2)
-    images, labels = real_images(seed, 1024)
     for step in range(48):
-        rows = slice(64 * (step % 16), 64 * (step % 16) + 64)
+        start = 64 * step % len(images)
+        rows = slice(start, start + 64)
         loss = nn.functional.cross_entropy(classifier(images[rows]), labels[rows])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     classifier.eval()
-    held_out, truth = real_images(100 + seed, 800)
     with torch.inference_mode():
-        features = classifier.features(held_out)
+        features = classifier.features(others)
         called = classifier.head(features).argmax(1)
-    by_class = [features[truth == label].double().numpy() for label in range(len(NAMES))]
+    by_class = [features[truth == label].double().numpy() for label in range(len(class_names))]
     facts = {"class_names": list(class_names), "classifier": config.resolved()}
     with sealed_folder(target, "judge", facts=facts) as folder:
         save_file(classifier.state_dict(), folder / WEIGHTS)
