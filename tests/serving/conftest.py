@@ -55,3 +55,12 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def model(backend, version):
+    """The module's ``version`` folder as Triton opens it."""
+    opened = backend.TritonPythonModel()
+    opened.initialize({"model_repository": str(version.parent), "model_version": "1"})
+    yield opened
+    opened.finalize()

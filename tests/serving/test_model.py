@@ -24,14 +24,6 @@ def version(audited_run, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "models" / "1"))
 
 
-@pytest.fixture
-def model(backend, version):
-    opened = backend.TritonPythonModel()
-    opened.initialize({"model_repository": str(version.parent), "model_version": "1"})
-    yield opened
-    opened.finalize()
-
-
 def request(labels: list[int], seeds: list[int]) -> dict[str, Tensor]:
     columns = {"class_labels": labels, "seed": seeds}
     return {name: Tensor(name, np.array(values, np.int64).reshape(-1, 1)) for name, values in columns.items()}

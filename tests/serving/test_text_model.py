@@ -26,14 +26,6 @@ def version(audited_text_run, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "models" / "1"))
 
 
-@pytest.fixture
-def model(backend, version):
-    opened = backend.TritonPythonModel()
-    opened.initialize({"model_repository": str(version.parent), "model_version": "1"})
-    yield opened
-    opened.finalize()
-
-
 def request(prompts: list[str | bytes], seeds: list[int]) -> dict[str, Tensor]:
     coded = [prompt if isinstance(prompt, bytes) else prompt.encode() for prompt in prompts]
     return {
