@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,11 +113,13 @@ def command(
     import torch
 
     from sfd_deploy.runtime.pytorch import torch_device
+    from sfd_deploy.training.precision import settled
 
     if threads is not None:
         torch.set_num_threads(threads)
-    task = open_task(config, **({"compile": True} if compiled else {}))
     where = torch_device(device)
+    task = open_task(config, **({"compile": True} if compiled else {}))
+    task = replace(task, config=settled(task.config, where))
     line = f"- `python -m benchmarks.training --config {config}"
     if to_row is None:
         speed = measure_speed(task, where, rounds, iterations)

@@ -15,6 +15,7 @@ from sfd_deploy.errors import ConfigError
 from sfd_deploy.labels import MIXTURE, Labels
 from sfd_deploy.training.conditions import Conditions
 from sfd_deploy.training.monitor import MonitorConfig
+from sfd_deploy.training.precision import AUTO, Precision
 
 MEND_OVERRIDE = "name a retained class as the override, or `mixture` with a `classifier`"
 FAILING_OVERRIDES = {
@@ -74,8 +75,8 @@ class LoopConfig(StageConfig):
         False, description="fit psi on the images that theta's step draws: 4 network calls an iteration, not 5"
     )
     accumulate: int = Field(1, ge=1, description="parts that the batch is computed in, one after the other")
-    precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="autocast of the networks; weights and losses are FP32 (official: fp32)"
+    precision: Precision = Field(
+        "auto", description=f"autocast of the networks; weights and losses are FP32 (official: fp32); auto: {AUTO}"
     )
     compile: bool = Field(False, description="torch.compile, on a GPU only (docs/decisions/0001)")
     checkpoint_every: int = Field(50, ge=1, description="iterations from one checkpoint to the next")

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ from sfd_deploy.runtime.seam import Images
 from sfd_deploy.training.checkpoint import Checkpoint
 from sfd_deploy.training.estimate import largest_batch
 from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
+from sfd_deploy.training.precision import AUTO, Precision, autocast
 from sfd_deploy.training.previews import MOST_PER_LABEL, save_preview
 from sfd_deploy.training.schedule import linear_decay
 from sfd_deploy.training.steps import run_steps, say_estimate
@@ -49,7 +50,7 @@ class PaceConfig(StageConfig):
     warmup_steps: int = Field(200, ge=0)
     decay_share: float = Field(0.4, ge=0, le=1, description="last part of the training with linear decay to 0")
     ema_decay: float = Field(0.9995, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast of the network's forward pass")
+    precision: Precision = Field("auto", description=f"autocast of the network's forward pass; auto: {AUTO}")
 
 
 def learning_rate_at(step: int, config: PaceConfig) -> float:
@@ -97,7 +98,7 @@ class Training(ABC):
         """
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate_at(step, self.pace)
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.pace.precision == "bf16"):
+        with autocast(self.device, self.pace.precision):
             loss = self.loss(step, rows or self.pace.batch_size)
         value = loss.item()
         if not math.isfinite(value):

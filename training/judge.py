@@ -17,6 +17,7 @@ from sfd_deploy.measure.sealing import measure_judge
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.training.checkpoint import Checkpoint
 from sfd_deploy.training.data import LabelledImages, load_images
+from sfd_deploy.training.precision import AUTO, Precision, autocast
 from sfd_deploy.training.steps import run_steps, say_estimate
 from sfd_deploy.training.streams import stream
 from sfd_deploy.training.text_teacher.coloured import load_coloured
@@ -42,7 +43,7 @@ class JudgeConfig(StageConfig):
     shift: int = Field(2, ge=0, description="random shift in pixels, either way")
     edges: Literal["black", "repeat"] = Field("black", description="what a shift moves in: -1, or the edge again")
     flip: bool = Field(True, description="random horizontal flips")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast of the forward pass while training")
+    precision: Precision = Field("auto", description=f"autocast of the forward pass while training; auto: {AUTO}")
     min_accuracy: float = Field(0.0, ge=0, le=1, description="on held-out real images; below it the judge is refused")
     seed: int = Field(0, ge=0)
 
@@ -120,7 +121,7 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
 
     def iterate(step: int) -> str:
         images, labels = (values.to(device) for values in training_batch(config, train, step))
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(device, config.precision):
             logits = classifier(images)
         loss = loss_of(logits.float(), labels)
         optimiser.zero_grad(set_to_none=True)

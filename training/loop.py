@@ -31,6 +31,7 @@ from sfd_deploy.training.gaps import gradient_figures
 from sfd_deploy.training.guidance import UNGUIDED, Guidance
 from sfd_deploy.training.losses import diff_instruct_loss, fake_score_loss, sid_loss
 from sfd_deploy.training.mixture import Classify, retained_probabilities, teacher_prediction
+from sfd_deploy.training.precision import autocast
 from sfd_deploy.training.rows import MIXED, Rows, draw_rows
 from sfd_deploy.training.schedule import linear_decay
 from sfd_deploy.training.streams import stream
@@ -211,7 +212,7 @@ class SfdLoop:
         return diff_instruct_loss(x, x_phi, x_psi)
 
     def _predict(self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(self.workers.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with autocast(self.workers.device.type, self.config.precision):
             return cast(Tensor, self.compiled.get(denoiser, denoiser)(noisy, sigma, labels))
 
     def _backward(self, network: nn.Module, weighted: Tensor, last: bool) -> None:

@@ -25,6 +25,7 @@ from sfd_deploy.training.distributed import Workers
 from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, Origin, load_start, open_inputs
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.monitor import Watch
+from sfd_deploy.training.precision import settled
 from sfd_deploy.training.tensorboard import Scalars
 
 CONFIG = "config.json"
@@ -44,6 +45,7 @@ def train(config: TrainConfig, folder: Path, device: str = "auto") -> Run:
         MemoryLimitError: the batch does not fit.
         BackendError: cuda was asked for and there is none, or compile on a CPU.
     """
+    config = settled(config, torch_device(device))
     inputs = open_inputs(config)
     run = Run(folder)
     return carry_out(

@@ -19,10 +19,12 @@ from sfd_deploy.models.text.generator import save_text_generator, save_text_teac
 from sfd_deploy.models.text.network import load_text_denoiser
 from sfd_deploy.prompts import PROMPTS_FILE, TEXT_TO_IMAGE, Prompts
 from sfd_deploy.runs import Run, write_json
+from sfd_deploy.runtime.pytorch import torch_device
 from sfd_deploy.training.course import Course
 from sfd_deploy.training.distributed import Workers
 from sfd_deploy.training.loop import SfdLoop, Start
 from sfd_deploy.training.lora import adapted_start, merged, require_peft, save_adapter
+from sfd_deploy.training.precision import settled
 from sfd_deploy.training.stage import (
     CHECKPOINT,
     Outcome,
@@ -49,6 +51,7 @@ def train_text(config: TextTrainConfig, folder: Path, device: str = "auto") -> R
     """
     if config.lora is not None:
         require_peft()
+    config = settled(config, torch_device(device))
     run = Run(folder)
     inputs = open_text_inputs(config, run.work)
     parts = cache(lambda: load_parts(inputs.teacher))  # not before it is known that there is something to train

@@ -40,18 +40,20 @@ def teacher(
     from sfd_deploy.measure.judges import open_judge, require_distinct_names
     from sfd_deploy.progress import log_to
     from sfd_deploy.runtime.pytorch import torch_device
+    from sfd_deploy.training.precision import settled
     from sfd_deploy.training.text_teacher.config import TextTeacherConfig, load_teacher_config
 
     use_threads(threads)
-    parsed = load_teacher_config(config)
+    where = torch_device(device)
+    parsed = settled(load_teacher_config(config), where)
     opened = [open_judge(folder) for folder in judges]
     require_distinct_names(opened)  # not after half an hour
     work = output.with_name(f"{output.name}.work")
     with log_to(work / "train.log"):
         if isinstance(parsed, TextTeacherConfig):
-            sealed, agreement = _of_text(parsed, data, output, work, opened, torch_device(device))
+            sealed, agreement = _of_text(parsed, data, output, work, opened, where)
         else:
-            sealed, agreement = _of_classes(parsed, data, output, work, opened, torch_device(device))
+            sealed, agreement = _of_classes(parsed, data, output, work, opened, where)
     value = {"folder": str(output), "digest": sealed.digest, **sealed.facts}
     show(value, as_json, lambda console: console.print(f"{output}  {sealed.digest[:12]}  {agreement}"))
 

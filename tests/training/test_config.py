@@ -104,6 +104,6 @@ def test_the_demo_keeps_the_values_that_its_published_figures_were_made_with():
         "diff-instruct",
         0.02,
         13,
-        "bf16",
+        "auto",
     )
     assert (loaded.ema_ramp, loaded.share_generated, loaded.monitor.judge) == (True, False, None)
