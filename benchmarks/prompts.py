@@ -48,7 +48,7 @@ HELD_OUT = "held-out paraphrases"
 PROMISED = (TRAINING, HELD_OUT)  # the families that a criterion is about
 MAX_BOUND = 0.01  # 99 %, one-sided
 MAX_DROP = 0.03  # mean retained accuracy under the guided teacher's
-TEACHER_IMAGES = 500  # a forget family, before
+TEACHER_IMAGES = 200  # a forget family, before
 SHOWN = 8  # images a family in the picture
 
 
@@ -119,7 +119,7 @@ def _audit(run: Run, name: str, device: str) -> AuditRecord:
 
 
 def _policy() -> Policy:
-    return Policy.load("default", "policy")
+    return Policy.load("text-to-image", "policy")
 
 
 def _before(run: Run, name: str, record: AuditRecord, device: str) -> Before:

@@ -37,12 +37,13 @@ SERVED_IMAGES = 200
 
 @dataclass(frozen=True)
 class Demo:
-    """What one demo trains, compiles and asks: ``config`` and ``probes`` are presets' names."""
+    """What one demo trains, compiles and asks: ``config``, ``probes`` and ``policy`` are presets' names."""
 
     config: str
     backends: tuple[str, ...]
     precisions: tuple[str, ...]
     probes: str | None = None
+    policy: str = "default"
 
     def require_teacher(self) -> None:
         """Refuse a demo whose teacher is not in the package.
@@ -54,7 +55,7 @@ class Demo:
 
 
 CLASSES = Demo("fashion-mnist", ("onnx", "trt"), ("fp32", "fp16", "int8"))
-PROMPTS = Demo("fashion-t2i-sandal", ("onnx",), ("fp32", "int8"), probes="fashion-t2i-sandal")
+PROMPTS = Demo("fashion-t2i-sandal", ("onnx",), ("fp32", "int8"), probes="fashion-t2i-sandal", policy="text-to-image")
 
 
 def run_demo(folder: Path, triton: Triton, demo: Demo = CLASSES, set_up_seconds: float = 0.0) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def run_demo(folder: Path, triton: Triton, demo: Demo = CLASSES, set_up_seconds:
     say(f"2/4 export: {', '.join(demo.backends)}; {', '.join(demo.precisions)}")
     export_any(run, demo.backends, demo.precisions, {})
     say("3/4 audit: does every artefact still forget?")
-    policy = Policy.load("default", "policy")
+    policy = Policy.load(demo.policy, "policy")
     record, _ = audit_selection(Selection(run=run), policy=policy, probes=demo.probes)
     say("4/4 serve: a real Triton server, real clients")
     served = _serve(run, policy, triton)
