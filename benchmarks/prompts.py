@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks import page
+from benchmarks import optimum, page
 from benchmarks.ledger import Ledger
 from benchmarks.measured import CONFIDENCE, draw
 from sfd_deploy.audit.figures import count
@@ -50,12 +50,19 @@ MAX_BOUND = 0.01  # 99 %, one-sided
 MAX_DROP = 0.03  # mean retained accuracy under the guided teacher's
 TEACHER_IMAGES = 200  # a forget family, before
 SHOWN = 8  # images a family in the picture
+MAX_DIFFERENCE = 1e-3  # of a value, Optimum's pipeline and ours, FP32
 
 
 class Before(StageConfig):
     """What the guided teacher draws for each forget family."""
 
     hits: dict[int, Count]
+
+
+class Stock(StageConfig):
+    """By precision, the largest difference between Optimum's pipeline and ours on the exported folder."""
+
+    difference: dict[Precision, float]
 
 
 @dataclass(frozen=True)
@@ -65,14 +72,12 @@ class Found:
     name: str
     before: Before
     record: AuditRecord
+    stock: Stock
 
     @property
     def families(self) -> Families:
         """The prompt families that were asked for."""
-        labels = Plan.from_mapping(self.record.plan, "the plan").labels
-        if not isinstance(labels, Families):
-            raise TypeError("an audit of class labels")
-        return labels
+        return families_of(self.record)
 
     @property
     def rows(self) -> dict[str, FamilyFigures]:
@@ -96,6 +101,8 @@ class Found:
                     yield f"{self.name}, {row}: {names[label]}: the bound is {found.upper_99:.2%}"
             if self.drop(figures) > MAX_DROP:
                 yield f"{self.name}, {row}: retained accuracy is {100 * self.drop(figures):.1f} points lower"
+        if (difference := self.stock.difference["fp32"]) > MAX_DIFFERENCE:
+            yield f"{self.name}: Optimum's pipeline differs from ours by {difference:.1e} in FP32"
 
 
 def find(name: str, home: Path, device: str) -> Found:
@@ -107,7 +114,16 @@ def find(name: str, home: Path, device: str) -> Found:
         "judges": [judge.digest for judge in find_family_judges(probes, ())],
     })  # fmt: skip
     record = ledger.result("audit", AuditRecord, lambda: _audit(run, name, device))
-    return Found(name, ledger.result("before", Before, lambda: _before(run, name, record, device)), record)
+    before = ledger.result("before", Before, lambda: _before(run, families_of(record), name, device))
+    return Found(name, before, record, ledger.result("stock", Stock, lambda: _stock(run, families_of(record))))
+
+
+def families_of(record: AuditRecord) -> Families:
+    """The prompt families that were asked for."""
+    labels = Plan.from_mapping(record.plan, "the plan").labels
+    if not isinstance(labels, Families):
+        raise TypeError("an audit of class labels")
+    return labels
 
 
 def _audit(run: Run, name: str, device: str) -> AuditRecord:
@@ -122,8 +138,18 @@ def _policy() -> Policy:
     return Policy.load("text-to-image", "policy")
 
 
-def _before(run: Run, name: str, record: AuditRecord, device: str) -> Before:
-    families = Found(name, Before(hits={}), record).families
+def _stock(run: Run, families: Families) -> Stock:
+    """A prompt of every family."""
+    prompts = [texts[0] for texts in families.prompts]
+    shape = tuple(run.generator().facts["image_shape"])
+    latents = Latents.of_stream("sample", 0, 0, len(prompts)).array(shape)
+    return Stock(difference={
+        precision: optimum.difference(run.artefact(f"onnx-cpu-{precision}").folder, precision, prompts, latents)
+        for precision in PRECISIONS
+    })  # fmt: skip
+
+
+def _before(run: Run, families: Families, name: str, device: str) -> Before:
     judges = find_family_judges(Probes.load(name, "probes"), ())
     with closing(_opened(run, families, device)[0]) as teacher:
         return Before(hits={
@@ -209,6 +235,9 @@ def text(found: Found, origin: str) -> str:
         f"family's prompts and latents. Criterion: at most {MAX_BOUND:.0%} for {' and '.join(PROMISED)}.",
         f"- Retained: {policy.retained_samples} images a family, the judge that agrees least. Criterion: a mean drop "
         f"of at most {100 * MAX_DROP:g} points. Spread: the least family's, over the teacher's.",
+        "- Optimum's ONNX Runtime pipeline and ours, on a prompt of every family, differ by at most "
+        + ", ".join(f"{value:.1e} ({precision})" for precision, value in found.stock.difference.items())
+        + f", images in [-1, 1]. Criterion: {MAX_DIFFERENCE:g} in FP32.",
         f"- {origin}.",
     ])  # fmt: skip
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.prompts import Before, Found, forget_table, named, retained_table, text
+from benchmarks import optimum
+from benchmarks.prompts import Before, Found, Stock, forget_table, named, retained_table, text
 from sfd_deploy.audit.figures import count
+from sfd_deploy.latents import Latents
 from tests.audit.conftest import text_world  # noqa: F401
 from tests.audit.test_text_stage import record_of
 from tests.audit.text_toy import TextWorld, forgetful, leaking, real_images
+from tests.export.text_runs import exported_text_run
 
 BEFORE = Before(hits={label: count(np.arange(500) < 480, 0.99) for label in range(3)})
 
 
 def found_of(folder: Path, world: TextWorld, reading=forgetful) -> Found:
-    return Found("toy", BEFORE, record_of(folder, world, reading))
+    return Found("toy", BEFORE, record_of(folder, world, reading), Stock(difference={"fp32": 1e-6, "int8": 0.01}))
 
 
 def test_the_tables_have_a_row_a_forget_family_and_one_an_artefact(tmp_path: Path, text_world: TextWorld):  # noqa: F811
@@ -53,3 +57,21 @@ def test_a_hit_is_what_either_judge_of_the_concept_says(text_world: TextWorld): 
     assert (either == (alone[0] | alone[1])).all()
     assert (either == (objects == 0).numpy()).mean() > 0.9
     assert (named(images.numpy(), "green", text_world.judges) == (colours == 1).numpy()).mean() > 0.9
+
+
+def test_another_pipeline_that_draws_other_images_is_missed(tmp_path: Path, text_world: TextWorld):  # noqa: F811
+    found = replace(found_of(tmp_path, text_world), stock=Stock(difference={"fp32": 2e-3, "int8": 0.01}))
+    assert [line for line in found.missed() if "Optimum" in line] == [
+        "toy: Optimum's pipeline differs from ours by 2.0e-03 in FP32"
+    ]
+
+
+def test_the_difference_from_optimum_is_of_the_folder_s_own_images(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("optimum.onnxruntime", reason="needs Optimum: pip install 'sfd-deploy[t2i]'")
+    folder = exported_text_run("sd1")[1]["onnx-cpu-fp32"].folder
+    latents = Latents.of_stream("sample", 0, 0, 2).array((4, 8, 8))
+    prompts = ["a red sandal", "a green bag"]
+    assert optimum.difference(folder, "fp32", prompts, latents) < 1e-5
+    theirs = optimum._drawn_by_optimum(folder, prompts, latents)
+    monkeypatch.setattr(optimum, "_drawn_by_optimum", lambda *asked: theirs + 0.25)
+    assert optimum.difference(folder, "fp32", prompts, latents) == pytest.approx(0.25, abs=1e-5)
