@@ -10,7 +10,7 @@ from sfd_deploy.cli.options import json_option, show, table, threads_option, use
 
 
 @click.command(epilog="Example: sfd-deploy demo")
-@click.option("--text-to-image", is_flag=True, help="On the teacher that draws from prompts, once it is shipped.")
+@click.option("--text-to-image", is_flag=True, help="On the teacher that draws from prompts.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: runs/demo or runs/demo-text-to-image]")
 @click.option(
     "--triton", type=click.Path(path_type=Path), help="Triton's environment; set up if missing  [default: .triton]"
