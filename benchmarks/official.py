@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfd_deploy.labels import Labels
+from sfd_deploy.labels import MIXTURE
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator, image_shape
 from sfd_deploy.models.network import Ema
-from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.conditions import Conditions
+from sfd_deploy.training.config import LoopConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Term:
 class OfficialSchedule:
     """Three row-major FP32 copies of ``teacher``, two Adams, one iteration at a time; n is ``config.retained_rows``."""
 
-    def __init__(self, config: TrainConfig, labels: Labels, teacher: Denoiser, device: str = "cpu") -> None:
+    def __init__(self, config: LoopConfig, labels: Conditions, teacher: Denoiser, device: str = "cpu") -> None:
         self.config, self.labels, self.device = config, labels, device
         self.phi = _row_major(teacher, device).requires_grad_(False)
         self.psi = _row_major(teacher, device)
@@ -55,29 +56,34 @@ class OfficialSchedule:
 
     def iterate(self, step: int) -> None:
         """One iteration. The generator's step reuses the labels of the fake score's, as the official code does."""
-        retained = self.choose(self.labels.retained)
-        forget = self.choose(tuple(self.labels.forget)) if self.labels.forget else None
+        asked = self.choose_all()
+        self.fake_score_step(asked)
+        self.generator_step(asked)
+        self.ema.update(self.theta, step)
+
+    def fake_score_step(self, asked: list[Tensor]) -> None:
+        """Fit psi, a term for each of ``asked``: retained labels, then forget labels where something is forgotten."""
         self.psi.requires_grad_(True)
         self.psi_adam.zero_grad()
-        self.fake_score_term(self.draw(retained)).backward()
-        if forget is not None:
-            (self.config.forget_weight * self.fake_score_term(self.draw(forget))).backward()
+        for weight, labels in zip((1.0, self.config.forget_weight), asked, strict=False):
+            (weight * self.fake_score_term(self.draw(labels))).backward()
         nn.utils.clip_grad_value_(self.psi.parameters(), self.config.clip_value)
         self.psi_adam.step()
         self.psi.requires_grad_(False)
+
+    def generator_step(self, asked: list[Tensor]) -> None:
+        """Move theta, a term for each of ``asked``."""
         self.theta_adam.zero_grad()
-        self.generator_term(self.draw(retained)).backward()
-        if forget is not None:
-            (self.config.forget_weight * self.generator_term(self.draw(forget))).backward()
+        for weight, labels in zip((1.0, self.config.forget_weight), asked, strict=False):
+            (weight * self.generator_term(self.draw(labels))).backward()
         nn.utils.clip_grad_value_(self.theta.parameters(), self.config.clip_value)
         self.theta_adam.step()
-        self.ema.update(self.theta, step)
 
     def fake_score_term(self, term: Term) -> Tensor:
         """Mean over images of the weighted squared error, summed over the values of an image."""
         with torch.no_grad():
             x = self.theta.unclamped(term.latents, term.labels)
-        x_psi = self.psi(renoised(x, term), term.sigma, term.labels)
+        x_psi = self.ask_fake_score(renoised(x, term), term, fitting=True)
         error: Tensor = ((x_psi - x) ** 2).sum((1, 2, 3))
         return (self.psi.fit_weight(term.sigma) * error).mean()
 
@@ -85,12 +91,27 @@ class OfficialSchedule:
         """Mean over images of sum (x_phi - x_psi) ((x_phi - x) - alpha (x_phi - x_psi)) / omega."""
         x = self.theta.unclamped(term.latents, term.labels)
         noisy = renoised(x, term)
-        x_psi = self.psi(noisy, term.sigma, term.labels)
-        x_phi = self.phi(noisy, term.sigma, term.targets)
+        x_psi = self.ask_fake_score(noisy, term, fitting=False)
+        x_phi = self.ask_teacher(noisy, term)
         with torch.no_grad():
             omega = (x_phi - x).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
         loss: Tensor = (x_phi - x_psi) * ((x_phi - x) - self.config.alpha * (x_phi - x_psi)) / omega
         return loss.sum((1, 2, 3)).mean()
+
+    def ask_fake_score(self, noisy: Tensor, term: Term, *, fitting: bool) -> Tensor:
+        """x_psi, in psi's own step (``fitting``) or in theta's."""
+        clean: Tensor = self.psi(noisy, term.sigma, term.labels)
+        return clean
+
+    def ask_teacher(self, noisy: Tensor, term: Term) -> Tensor:
+        """x_phi."""
+        clean: Tensor = self.phi(noisy, term.sigma, term.targets)
+        return clean
+
+    def choose_all(self) -> list[Tensor]:
+        """Retained labels, and forget labels where something is forgotten."""
+        forget = tuple(self.labels.forget)
+        return [self.choose(labels) for labels in (self.labels.retained, forget) if labels]
 
     def choose(self, labels: tuple[int, ...]) -> Tensor:
         """Labels (n,), uniform over ``labels``."""
@@ -108,7 +129,8 @@ class OfficialSchedule:
         return Term(*(value.to(self.device) for value in (labels, targets, latents, sigma, noise)))
 
     def _target(self, label: int) -> int:
-        return self.labels.overrides_of(label)[0] if label in self.labels.forget else label
+        override = self.labels.forget.get(label, label)
+        return self.labels.retained[0] if override == MIXTURE else override
 
 
 def renoised(x: Tensor, term: Term) -> Tensor:

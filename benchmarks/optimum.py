@@ -28,7 +28,7 @@ def _drawn_by_optimum(folder: Path, prompts: Sequence[str], latents: NDArray[np.
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its imports' deprecations
-        from optimum.onnxruntime import ORTStableDiffusionPipeline
+        from optimum.onnxruntime import ORTStableDiffusionPipeline  # type: ignore[import-untyped]
 
         pipe: Any = ORTStableDiffusionPipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)

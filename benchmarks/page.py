@@ -33,6 +33,13 @@ def machine(threads: int) -> str:
     return f"{host['processor']}, {threads} threads"
 
 
+def computed_on(device: str) -> str:
+    """What a table was computed on, in words: the GPU, or this machine."""
+    import torch  # late: not every page needs it
+
+    return str(torch.cuda.get_device_name()) if device == "cuda" else machine(torch.get_num_threads())
+
+
 def fill(page: Path, name: str, text: str) -> None:
     """Put ``text`` between ``<!-- name -->`` and ``<!-- /name -->`` of a page.
 
