@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import expect, page, rows_table
+from benchmarks import curves, expect, page, rows_table
 from benchmarks.ledger import Ledger
 from benchmarks.measured import Looked, Measured, Remapped, Sizes, look_at, measure
 from benchmarks.workshop import Workshop
@@ -24,6 +24,8 @@ from sfd_deploy.runtime import open_runtime
 from sfd_deploy.runtime.seam import Runtime
 
 ROWS = ("teacher", "distilled", "sfd", "two-stage", "remap", "retrained")
+TRAINED = ("distilled", "sfd", "two-stage", "retrained")
+DATA = {"digits": "digits", "fashion-mnist": "fashion-mnist", "fashion-mnist-32": "fashion-mnist"}  # presets → images
 
 
 @dataclass
@@ -51,21 +53,24 @@ class Rows:
 
     def _override(self, override: int, seed: int) -> Looked:
         def draw_and_look() -> Looked:
-            with closing(open_runtime(self.workshop.teacher(seed))) as runtime:
+            with closing(self._open(self.workshop.teacher(seed))) as runtime:
                 return look_at(runtime, "override", override, self.sizes.override, self.workshop.judges)
 
         return self.ledger.result(f"override-{override}-{seed}", Looked, draw_and_look)
 
     def _teacher(self, name: str, seed: int) -> Measured:
         sizes = self.sizes.model_copy(update={"forget": self.sizes.teacher_forget, "retained": self.sizes.reference})
-        return self._measure(open_runtime(self.workshop.teacher(seed)), sizes, self.workshop.seconds(seed, name))
+        return self._measure(self._open(self.workshop.teacher(seed)), sizes, self.workshop.seconds(seed, name))
 
     def _generator(self, name: str, seed: int) -> Measured:
         sealed, stages = self._made(name, seed)
-        runtime: Runtime = open_runtime(sealed)
+        runtime = self._open(sealed)
         if name == "remap":
             runtime = Remapped(runtime, self.workshop.forget)
         return self._measure(runtime, self.sizes, self.workshop.seconds(seed, *stages))
+
+    def _open(self, sealed: Sealed) -> Runtime:
+        return open_runtime(sealed, self.workshop.device)
 
     def _made(self, name: str, seed: int) -> tuple[Sealed, tuple[str, ...]]:
         """A row's generator, and the trainings that led to it after the teacher's."""
@@ -161,6 +166,16 @@ def facts_of(rows: Rows, found: dict[str, dict[int, Measured]]) -> rows_table.Fa
     )  # fmt: skip
 
 
+def records_of(rows: Rows, wanted: dict[str, int]) -> dict[str, Path]:
+    """The training record of each trained row and seed, by what a picture calls it."""
+    found = {}
+    for name, seed in _jobs(rows, wanted):
+        if name in TRAINED:
+            title = name if wanted[name] == 1 else f"{name}, seed {seed}"
+            found[title] = rows.workshop.run(name, seed).generator().folder / curves.RECORD
+    return found
+
+
 def _one_line(measured: Measured) -> str:
     count = measured.forget[measured.worst]
     return (
@@ -173,30 +188,37 @@ def images_folder(data: str, given: Path | None) -> Path:
     """Where the images are: as given, scikit-learn's digits, or the data set's folder below SFD_DEPLOY_DATA."""
     if given is not None:
         return given
-    return Path(data) if data == "digits" else Path(os.environ.get("SFD_DEPLOY_DATA", "data")) / data
+    return Path(data) if data == "digits" else Path(os.environ.get("SFD_DEPLOY_DATA", "data")) / DATA.get(data, data)
 
 
 @click.command(epilog="Example: python -m benchmarks.rows --data digits --seeds 5")
-@click.option("--data", type=click.Choice(["digits", "fashion-mnist"]), required=True)
-@click.option("--images", type=click.Path(path_type=Path), help="IDX folder  [default: $SFD_DEPLOY_DATA/<data>]")
+@click.option("--data", type=click.Choice(list(DATA)), required=True)
+@click.option("--images", type=click.Path(path_type=Path), help="IDX folder  [default: below $SFD_DEPLOY_DATA]")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--rows", "chosen", default=",".join(ROWS), show_default=True, help="Rows, each with its seeds or none.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: runs/rows/<data>]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of PyTorch")
 @click.option("--page", "into", type=click.Path(path_type=Path), help="Also put the table into this page.")
+@click.option("--curves", "picture", type=click.Path(path_type=Path), help="Also draw the trainings' gaps: a PNG.")
 @click.option("--estimate-only", is_flag=True, help="Say how long it will take, and stop.")
 def command(
-    data: str, images: Path | None, seeds: int, chosen: str, output: Path | None, threads: int | None,
-    into: Path | None, estimate_only: bool,
+    data: str, images: Path | None, seeds: int, chosen: str, output: Path | None, device: str, threads: int | None,
+    into: Path | None, picture: Path | None, estimate_only: bool,
 ) -> int:  # fmt: skip
     """Make each row of the table of methods; run again to go on."""
     import torch
 
+    from sfd_deploy.runtime.pytorch import torch_device
+
+    where = torch_device(device)
+    if picture is not None:
+        curves.require_matplotlib()  # not after half an hour
     if threads is not None:
         torch.set_num_threads(threads)
     wanted = wanted_rows(chosen, seeds)
     home = output or Path("runs") / "rows" / data
-    rows = open_rows(data, home, images_folder(data, images), Sizes())
+    rows = open_rows(data, home, images_folder(data, images), Sizes(), where)
     require_images(rows, wanted)
     click.echo(f"expected: about {expected_minutes(rows, wanted):.0f} minutes for what is missing in {home}", err=True)
     if estimate_only:
@@ -205,20 +227,25 @@ def command(
     facts = facts_of(rows, found)
     verdict = rows_table.criteria(facts)
     line = f"python -m benchmarks.rows --data {data} --seeds {seeds} --rows {chosen}"
-    text = rows_table.text(facts, verdict, f"`{line}`; {page.machine(torch.get_num_threads())}")
+    line += f" --device {where}" if where != "cpu" else ""
+    text = rows_table.text(facts, verdict, f"`{line}`; {page.computed_on(where)}")
     click.echo(text)
+    if picture is not None:
+        curves.draw(records_of(rows, wanted), picture)
     if into is not None:
         page.fill(into, f"rows {data}", text)
     return FAILED if verdict.missed else OK
 
 
-def open_rows(data: str, home: Path, images: Path, sizes: Sizes) -> Rows:
+def open_rows(data: str, home: Path, images: Path, sizes: Sizes, device: str = "cpu") -> Rows:
     """The rows of a data set below ``home``, bound to presets and sizes."""
-    workshop = Workshop.of_preset(data, home, images)
+    workshop = Workshop.of_preset(data, home, images, device)
     settings = {
         "train": workshop.train_config.resolved(), "teacher": workshop.teacher_config.resolved(),
         "sizes": sizes.resolved(), "judges": [judge.digest for judge in workshop.judges],
     }  # fmt: skip
+    if device != "cpu":  # minutes of two devices in one table would compare nothing
+        settings["device"] = device
     return Rows(workshop, Ledger(home / "results", settings), sizes)
 
 

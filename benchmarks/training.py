@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 
@@ -130,15 +129,11 @@ def command(
         text, name, line = reach.text(race, MIN_TIME_RATIO), "training to row", f"{line} --to-row RUN"
         failed = race.missed(MIN_TIME_RATIO)
     flags = f"{' --compile' if compiled else ''}{f' --device {device}' if device != 'cpu' else ''}"
-    text += f"\n- Objective: ours {task.config.objective}, official sid.\n{line}{flags}`; {_machine(where, torch)}."
+    text += f"\n- Objective: ours {task.config.objective}, official sid.\n{line}{flags}`; {page.computed_on(where)}."
     click.echo(text)
     if into is not None:
         page.fill(into, name, text)
     return FAILED if failed else OK
-
-
-def _machine(device: str, torch: Any) -> str:
-    return str(torch.cuda.get_device_name()) if device == "cuda" else page.machine(torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from sfd_deploy.models.generator import labels_of
 from sfd_deploy.progress import log_to
 from sfd_deploy.runs import Run
 from sfd_deploy.training.config import TrainConfig
-from sfd_deploy.training.data import LabelledImages, load_images
-from sfd_deploy.training.judge import JudgeConfig, seal_judge, train_judge
+from sfd_deploy.training.data import LabelledImages
+from sfd_deploy.training.judge import JudgeConfig, load_judged, seal_judge, train_judge
+from sfd_deploy.training.precision import settled
 from sfd_deploy.training.stage import train
 from sfd_deploy.training.teacher import TeacherConfig, seal_teacher, train_teacher
 
@@ -37,12 +38,14 @@ class Workshop:
     train_config: TrainConfig
     teacher_config: TeacherConfig
     judge_configs: tuple[JudgeConfig, ...]
+    device: str = "cpu"  # of the trainings, and of what is drawn
 
     @classmethod
-    def of_preset(cls, name: str, folder: Path, images: Path) -> Workshop:
+    def of_preset(cls, name: str, folder: Path, images: Path, device: str = "cpu") -> Workshop:
         """The presets called ``name``; ``images`` is read only where a teacher or a judge must be trained."""
         judges = tuple(JudgeConfig.load(f"{name}-{kind}", "judge") for kind in JUDGES)
-        return cls(name, folder, images, TrainConfig.load(name, "train"), TeacherConfig.load(name, "teacher"), judges)
+        configs = TrainConfig.load(name, "train"), TeacherConfig.load(name, "teacher"), judges
+        return cls(name, folder, images, *configs, device)
 
     @property
     def shipped(self) -> bool:
@@ -52,7 +55,7 @@ class Workshop:
     @cached_property
     def data(self) -> LabelledImages:
         """The training images."""
-        return load_images(self.images, "train", self.teacher_config.class_names)
+        return self.teacher_config.read(self.images, "train")
 
     @cached_property
     def labels(self) -> Labels:
@@ -73,13 +76,13 @@ class Workshop:
         return [open_judge(self._judge(config)) for config in self.judge_configs]
 
     def _judge(self, config: JudgeConfig) -> Path:
-        kind = config.classifier.architecture
+        config, kind = settled(config, self.device), config.classifier.architecture
         target = self.folder / "judges" / kind
         if not (target / MANIFEST).is_file():
             work = target.with_name(f"{kind}.work")
+            data, held_out = (load_judged(config, self.images, split) for split in ("train", "test"))
             with log_to(work / "train.log"):
-                classifier = train_judge(config, self.data, work / "checkpoint.safetensors")
-            held_out = load_images(self.images, "test", self.data.class_names)
+                classifier = train_judge(config, data, work / "checkpoint.safetensors", self.device)
             seal_judge(config, classifier, held_out, target, self.images.name)
         return target
 
@@ -98,24 +101,27 @@ class Workshop:
         if not (target / MANIFEST).is_file():
             work, images = target.with_name(f"{target.name}.work"), data()
             with metered(self._meter(name)), log_to(work / "train.log"):
-                denoiser = train_teacher(config, images, work / "checkpoint.safetensors")
+                denoiser = train_teacher(config, images, work / "checkpoint.safetensors", self.device)
             seal_teacher(config, denoiser, images, target, data_name=self.images.name)
         return verify(target, "teacher")
 
     @property
     def unwatched_teacher(self) -> TeacherConfig:
-        """The teacher's config without previews: looking on while training costs time, which is a column."""
+        """The teacher's config on this device, without previews: looking on while training is time, a column."""
         values = self.teacher_config.resolved() | {"monitor": {"every": 0, "tensorboard": False}}
-        return TeacherConfig.from_mapping(values, f"preset {self.name}")
+        return settled(TeacherConfig.from_mapping(values, f"preset {self.name}"), self.device)
+
+    def run(self, name: str, seed: int) -> Run:
+        """Where the run called ``name`` of ``seed`` is, or will be."""
+        return Run(self.folder / f"seed-{seed}" / name)
 
     def generator(self, name: str, seed: int, teacher: Sealed, **changes: Any) -> Run:
         """A run of the preset with ``changes`` to its config, called ``name``, of ``seed``."""
-        run = Run(self.folder / f"seed-{seed}" / name)
-        config = self.config_of(seed, teacher, changes)
+        run, config = self.run(name, seed), self.config_of(seed, teacher, changes)
         if (run.folder / "generator" / MANIFEST).is_file():
-            return train(config, run.folder)  # finished: it is verified and returned
+            return train(config, run.folder, self.device)  # finished: it is verified and returned
         with metered(self._meter(f"seed-{seed}/{name}")):
-            return train(config, run.folder)
+            return train(config, run.folder, self.device)
 
     def config_of(self, seed: int, teacher: Sealed, changes: Mapping[str, Any]) -> TrainConfig:
         """The preset with its teacher, seed and ``changes`` put in."""

@@ -8,15 +8,18 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from pydantic import Field
 from torch import Tensor
 
+from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import DataError
 
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
@@ -42,6 +45,44 @@ class LabelledImages:
         index = rows.numpy()
         images = torch.from_numpy(self.images[index]).to(torch.float32) / 127.5 - 1.0
         return images, torch.from_numpy(self.labels[index])
+
+    def padded(self, side: int) -> Self:
+        """The images in the middle of ``side`` x ``side`` black pixels.
+
+        Raises:
+            DataError: they are larger.
+        """
+        height, width = self.images.shape[2:]
+        if max(height, width) > side:
+            raise DataError(f"images are {height}x{width}, larger than {side}x{side}", "pad to a larger side")
+        above, left = (side - height) // 2, (side - width) // 2
+        edges = ((0, 0), (0, 0), (above, side - height - above), (left, side - width - left))
+        return replace(self, images=np.pad(self.images, edges))
+
+
+class ImagesConfig(StageConfig):
+    """How labelled images are read, for what is trained on them."""
+
+    class_names: tuple[str, ...] = Field(
+        (), description="names in label order; empty: from the data's folders, or numbers"
+    )
+    pad_to: int | None = Field(
+        None, ge=8, description="images are centred on black pixels of this height and width first"
+    )
+
+    def resolved(self) -> dict[str, Any]:
+        """As of any config, but without a ``pad_to`` of None: what was bound to older configs is still of this one."""
+        values = super().resolved()
+        return values if self.pad_to is not None else {key: value for key, value in values.items() if key != "pad_to"}
+
+    def read(self, source: Path, split: str) -> LabelledImages:
+        """``split`` ("train" or "test") of a data set, as ``load_images`` reads it, padded if asked for.
+
+        Raises:
+            DataError: as ``load_images``, or the images are larger than ``pad_to``.
+        """
+        data = load_images(source, split, self.class_names)
+        return data if self.pad_to is None else data.padded(self.pad_to)
 
 
 def load_images(source: Path, split: str, class_names: tuple[str, ...] = ()) -> LabelledImages:

@@ -10,13 +10,12 @@ from pydantic import Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sfd_deploy.config import StageConfig
 from sfd_deploy.manifest import Sealed, verify
 from sfd_deploy.measure.judges import WEIGHTS, Classifier, ClassifierConfig
 from sfd_deploy.measure.sealing import measure_judge
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.training.checkpoint import Checkpoint
-from sfd_deploy.training.data import LabelledImages, load_images
+from sfd_deploy.training.data import ImagesConfig, LabelledImages
 from sfd_deploy.training.precision import AUTO, Precision, autocast
 from sfd_deploy.training.steps import run_steps, say_estimate
 from sfd_deploy.training.streams import stream
@@ -25,13 +24,10 @@ from sfd_deploy.training.text_teacher.coloured import load_coloured
 CHECKPOINT_EVERY = 500
 
 
-class JudgeConfig(StageConfig):
+class JudgeConfig(ImagesConfig):
     """How a judge is trained."""
 
     classifier: ClassifierConfig
-    class_names: tuple[str, ...] = Field(
-        (), description="names in label order; empty: from the data's folders, or numbers"
-    )
     coloured: Literal["object", "colour"] | None = Field(
         None, description="colour the images as a text-to-image teacher's are, and judge this; names are the captions'"
     )
@@ -48,9 +44,11 @@ class JudgeConfig(StageConfig):
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def names_must_be_said_once(self) -> Self:
+    def coloured_images_are_given(self) -> Self:
         if self.coloured and self.class_names:
             raise ValueError("coloured judges take their class_names from the captions: leave the key out")
+        if self.coloured and self.pad_to is not None:
+            raise ValueError("coloured images are padded already: leave pad_to out")
         if self.coloured and self.classifier.channels != 3:
             raise ValueError(f"coloured images have 3 channels, the classifier {self.classifier.channels}")
         return self
@@ -60,11 +58,11 @@ def load_judged(config: JudgeConfig, source: Path, split: str) -> LabelledImages
     """The images of ``split`` ("train" or "test") that the judge is trained or measured on.
 
     Raises:
-        DataError: missing or damaged, or not Fashion-MNIST where it is to be coloured.
+        DataError: missing, damaged or too large, or not Fashion-MNIST where it is to be coloured.
     """
     if config.coloured:
         return load_coloured(source, split, config.coloured, config.seed)
-    return load_images(source, split, config.class_names)
+    return config.read(source, split)
 
 
 def augment(images: Tensor, config: JudgeConfig, draws: torch.Generator) -> Tensor:

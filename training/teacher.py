@@ -24,7 +24,7 @@ from sfd_deploy.progress import progress_bar
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.runtime.pytorch import TeacherRuntime
 from sfd_deploy.runtime.seam import Images
-from sfd_deploy.training.data import LabelledImages
+from sfd_deploy.training.data import ImagesConfig, LabelledImages
 from sfd_deploy.training.frame import MonitorConfig, PaceConfig, Training, total_steps, train_to_end
 from sfd_deploy.training.previews import QUICK_SAMPLER, device_of, draw_by_label
 from sfd_deploy.training.streams import stream
@@ -32,13 +32,10 @@ from sfd_deploy.training.streams import stream
 CHECKPOINT_EVERY = 500
 
 
-class TeacherConfig(PaceConfig):
+class TeacherConfig(PaceConfig, ImagesConfig):
     """How a teacher is trained; every default is a figure from arXiv 2206.00364 unless it says otherwise."""
 
     network: NetworkConfig
-    class_names: tuple[str, ...] = Field(
-        (), description="names in label order; empty: from the data's folders, or numbers"
-    )
     init_from: str | None = Field(None, description="a teacher folder whose weights to start from")
     log_sigma_mean: float = Field(-1.2, description="mean of ln sigma")
     log_sigma_std: float = Field(1.2, gt=0)
@@ -118,8 +115,10 @@ def _copy_weights(source: Sealed, unet: torch.nn.Module) -> None:
 def label_agreement(denoiser: EdmDenoiser, labels: Labels, judges: Sequence[Judge], per_label: int) -> dict[str, float]:
     """Share of the teacher's own samples that each judge calls by the label asked for, by the judge's name.
 
-    Drawn on the ``select`` stream, with the sampler's defaults.
+    Drawn on the ``select`` stream, with the sampler's defaults; nothing is drawn for no judges.
     """
+    if not judges:
+        return {}
     runtime = TeacherRuntime(denoiser, SamplerConfig(), device_of(denoiser))
     hits = {judge.name: 0 for judge in judges}
     with progress_bar("agreement", labels.count) as advance:

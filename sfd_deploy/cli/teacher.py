@@ -61,10 +61,9 @@ def teacher(
 def _of_classes(
     config: TeacherConfig, data: Path, output: Path, work: Path, judges: Sequence[Judge], device: str
 ) -> tuple[Sealed, dict[str, float]]:
-    from sfd_deploy.training.data import load_images
     from sfd_deploy.training.teacher import seal_teacher, train_teacher
 
-    images = load_images(data, "train", config.class_names)
+    images = config.read(data, "train")
     denoiser = train_teacher(config, images, work / "checkpoint.safetensors", device)
     sealed = seal_teacher(config, denoiser, images, output, data_name=data.name, judges=judges)
     return sealed, sealed.facts["label_agreement"]

@@ -15,18 +15,19 @@ from sfd_deploy.training.teacher import TeacherConfig
 TINY_SIZES = Sizes(forget=6, override=5, retained=4, reference=3, teacher_forget=2)
 
 
-def tiny_workshop(folder: Path) -> Workshop:
+def tiny_workshop(folder: Path, pad_to: int | None = None, device: str = "cpu", precision: str = "fp32") -> Workshop:
     """Seconds of work: untrained in all but name."""
-    network = {"image_size": 8, "channels": 1, "block_channels": [4, 8], "norm_groups": 2}
+    network = {"image_size": pad_to or 8, "channels": 1, "block_channels": [4, 8], "norm_groups": 2}
     train = {"teacher": "unused", "forget": {"1": "0"}, "iterations": 2, "retained_rows": 4, "forget_rows": 2,
-             "precision": "fp32"}  # fmt: skip
-    teacher = {"network": network, "images": 16, "batch_size": 8, "precision": "fp32"}
+             "precision": precision}  # fmt: skip
+    teacher = {"network": network, "images": 16, "batch_size": 8, "precision": precision, "pad_to": pad_to}
     judge = {"channels": 1, "widths": [4]}
     return Workshop(
         "digits", folder, Path("digits"), TrainConfig.from_mapping(train, "tiny"),
         TeacherConfig.from_mapping(teacher, "tiny"),
-        tuple(JudgeConfig.from_mapping({"classifier": judge | {"architecture": kind}, "epochs": 1}, "tiny")
-              for kind in ("plain", "residual")),
+        tuple(JudgeConfig.from_mapping({"classifier": judge | {"architecture": kind}, "epochs": 1, "pad_to": pad_to,
+                                        "precision": precision}, "tiny") for kind in ("plain", "residual")),
+        device,
     )  # fmt: skip
 
 

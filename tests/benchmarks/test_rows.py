@@ -1,21 +1,36 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
-from benchmarks import expect, rows_table
+from benchmarks import expect, page, rows_table
 from benchmarks.ledger import Ledger
 from benchmarks.measured import PURPOSES, STRETCH, Looked, Measured, Remapped, draw, measure, spread_ratio
-from benchmarks.rows import ROWS, Rows, command, expected_minutes, facts_of, make_all, wanted_rows
+from benchmarks.rows import (
+    ROWS,
+    Rows,
+    command,
+    expected_minutes,
+    facts_of,
+    images_folder,
+    make_all,
+    open_rows,
+    wanted_rows,
+)
 from benchmarks.rows_table import Facts, criteria
-from benchmarks.workshop import replaced
+from benchmarks.workshop import Workshop, replaced
 from sfd_deploy.audit.figures import count
 from sfd_deploy.errors import ConfigError, DataError
 from sfd_deploy.labels import Labels
 from sfd_deploy.latents import Latents
+from sfd_deploy.manifest import verify
 from sfd_deploy.runtime import open_runtime
 from sfd_deploy.training.data import LabelledImages
 from tests.benchmarks.conftest import TINY_SIZES, tiny_workshop
@@ -79,8 +94,6 @@ def assert_rows_are_what_they_say(rows: Rows) -> None:
     runs = {
         name: shop.folder / "seed-0" / name / "generator" for name in ("distilled", "sfd", "two-stage", "retrained")
     }
-    from sfd_deploy.manifest import verify
-
     sealed = {name: verify(folder, "generator") for name, folder in runs.items()}
     forgotten = {name: item.facts["labels"]["forget"] for name, item in sealed.items()}
     assert forgotten == {"distilled": {}, "sfd": {"1": 0}, "two-stage": {"1": 0}, "retrained": {}}
@@ -195,3 +208,101 @@ def test_a_model_s_figures_come_from_the_cells_they_name(tmp_path: Path):
     assert found.forget[1].hits == sum(1 in pair for pair in zip(*called, strict=True))
     assert found.forget[1].n == TINY_SIZES.forget
     assert {label: len(item.called[0]) for label, item in found.retained.items()} == {0: 4, 2: 4}
+
+
+def test_one_command_makes_the_padded_rows_their_picture_and_their_page(tmp_path: Path, monkeypatch):
+    """What is run on a GPU for `fashion-mnist-32`, on the digits with a margin."""
+    monkeypatch.setattr(Workshop, "of_preset", lambda _name, home, _images, device: tiny_workshop(home, 12, device))
+    monkeypatch.setattr("benchmarks.rows.Sizes", lambda: TINY_SIZES)
+    (tmp_path / "page.md").write_text("<!-- rows fashion-mnist-32 --><!-- /rows fashion-mnist-32 -->")
+    arguments = ["--data", "fashion-mnist-32", "--rows", "teacher,distilled,sfd", "-o", str(tmp_path / "out"),
+                 "--curves", str(tmp_path / "curves.png"), "--page", str(tmp_path / "page.md")]  # fmt: skip
+    result = CliRunner().invoke(command, arguments, standalone_mode=False)
+    assert result.exception is None, result.output
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".png"] == ["curves.png"]
+    table = (tmp_path / "page.md").read_text()
+    assert all(rows_table.TITLES[name] in table for name in ("teacher", "distilled", "sfd"))
+    for name, kind in (("teacher", "teacher"), ("sfd/generator", "generator")):
+        assert verify(tmp_path / "out" / "seed-0" / name, kind).facts["image_shape"] == [1, 12, 12]
+
+
+def calls_to(monkeypatch: pytest.MonkeyPatch, name: str, place: int) -> list[Any]:
+    """Which argument number ``place`` each call of ``name`` has; it runs with "cpu" there."""
+    module, _, function = name.rpartition(".")
+    original: Callable[..., Any] = getattr(sys.modules[module], function)
+    asked: list[Any] = []
+
+    def call(*arguments: Any) -> Any:
+        asked.append(arguments[place])
+        return original(*arguments[:place], "cpu", *arguments[place + 1 :])
+
+    monkeypatch.setattr(name, call)
+    return asked
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_device_and_the_padding_reach_every_training_and_every_runtime(tmp_path: Path, monkeypatch, device):
+    """The GPU is planted: what is asked of it is done on the CPU."""
+    monkeypatch.setattr("sfd_deploy.training.precision.computes_in_bf16", lambda where: where == "cuda")
+    asked = {
+        name: calls_to(monkeypatch, name, place)
+        for name, place in [("benchmarks.workshop.train_judge", 3), ("benchmarks.workshop.train_teacher", 3),
+                            ("benchmarks.workshop.train", 2), ("benchmarks.rows.open_runtime", 1)]
+    }  # fmt: skip
+    shop = tiny_workshop(tmp_path, 12, device, "auto")
+    make_all(Rows(shop, Ledger(tmp_path / "results", {}), TINY_SIZES), wanted_rows("distilled", 1), lambda _: None)
+    assert {name: set(found) for name, found in asked.items()} == {name: {device} for name in asked}
+    chosen = {"cpu": "fp32", "cuda": "bf16"}[device]
+    sealed = [verify(tmp_path / "seed-0" / "teacher", "teacher")]
+    sealed += [verify(tmp_path / "judges" / kind, "judge") for kind in ("plain", "residual")]
+    assert [item.manifest.config["precision"] for item in sealed] == [chosen] * 3
+    assert [item.manifest.config["pad_to"] for item in sealed] == [12] * 3
+
+
+def test_expected_time_is_taken_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = [calls_to(monkeypatch, f"benchmarks.expect.{name}", place)
+             for name, place in [("train", 2), ("train_teacher", 3), ("open_runtime", 1)]]  # fmt: skip
+    monkeypatch.setitem(expect.LONG, "cuda", 3)
+    expect.costs(tiny_workshop(tmp_path, device="cuda"), teacher_training=True)
+    assert [set(found) for found in asked] == [{"cuda"}] * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_missing_gpu_is_one_line_before_anything_else(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("SFD_DEPLOY_DATA", str(tmp_path))  # no images there: nothing is trained by mistake
+    monkeypatch.setattr(
+        sys, "argv", ["rows", "--data", "fashion-mnist-32", "--device", "cuda", "-o", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        page.run(command)
+    assert stopped.value.code == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_larger_teacher_is_of_32_pixels_and_30_million_weights_and_its_presets_agree(tmp_path: Path):
+    shop = Workshop.of_preset("fashion-mnist-32", tmp_path, tmp_path)
+    network = shop.teacher_config.network
+    with torch.device("meta"):
+        unet = network.build(len(shop.teacher_config.class_names))
+    assert sum(weights.numel() for weights in unet.parameters()) >= 30_000_000
+    assert (network.image_size, shop.teacher_config.pad_to) == (32, 32)
+    assert [judge.pad_to for judge in shop.judge_configs] == [32, 32]
+    assert {judge.class_names for judge in shop.judge_configs} == {shop.teacher_config.class_names}
+    assert shop.forget == {1: 8}
+    assert not shop.shipped
+
+
+def test_the_images_at_32_pixels_are_those_at_28(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SFD_DEPLOY_DATA", "/data")
+    assert (
+        images_folder("fashion-mnist-32", None) == images_folder("fashion-mnist", None) == Path("/data/fashion-mnist")
+    )
+    assert images_folder("fashion-mnist-32", Path("mine")) == Path("mine")
+
+
+def test_results_of_two_devices_are_not_put_into_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Workshop, "of_preset", lambda _name, home, _images, _device: tiny_workshop(home))
+    open_rows("digits", tmp_path, Path("digits"), TINY_SIZES)
+    with pytest.raises(ConfigError, match=r"other settings \(device\)"):
+        open_rows("digits", tmp_path, Path("digits"), TINY_SIZES, "cuda")

@@ -199,6 +199,15 @@ def test_expected_time_and_memory_are_said_before_the_first_step(teacher_config,
     assert not (tmp_path / "teacher.work" / "tensorboard").exists()
 
 
+def test_images_are_padded_for_a_teacher_and_its_judge(teacher_config, judge_config, data, tmp_path):
+    assert command("judge", judge_config(pad_to=12), data, tmp_path / "judge") == 0
+    config = teacher_config(network=NETWORK | {"image_size": 12}, pad_to=12)
+    assert command("teacher", config, data, tmp_path / "teacher", "--judge", str(tmp_path / "judge")) == 0
+    teacher, judge = verify(tmp_path / "teacher", "teacher"), verify(tmp_path / "judge", "judge")
+    assert teacher.facts["image_shape"] == [1, 12, 12]
+    assert (teacher.manifest.config["pad_to"], judge.manifest.config["pad_to"]) == (12, 12)
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sfd_deploy.errors import DataError
-from sfd_deploy.training.data import load_images
+from sfd_deploy.errors import ConfigError, DataError
+from sfd_deploy.training.data import ImagesConfig, LabelledImages, load_images
+from sfd_deploy.training.judge import JudgeConfig, load_judged
+from sfd_deploy.training.teacher import TeacherConfig
 
 
 def write_idx(folder: Path, images: np.ndarray, labels: list[int], prefix: str = "train", zipped: bool = True) -> None:
@@ -168,3 +170,51 @@ def test_digits_with_too_few_names_are_refused():
     digits()
     with pytest.raises(DataError, match="10 classes but 2 names"):
         load_images(Path("digits"), "train", ("a", "b"))
+
+
+def test_padded_images_are_in_the_middle_of_black(tmp_path: Path):
+    write_idx(tmp_path, IMAGES + 1, [2, 0, 1])
+    data = load_images(tmp_path, "train", ("a", "b", "c"))
+    padded = data.padded(9)
+    assert padded.images.shape == (3, 1, 9, 9)
+    assert padded.images.dtype == np.uint8
+    assert np.array_equal(padded.images[:, 0, 2:6, 2:7], IMAGES + 1)  # an odd pixel more goes below and to the right
+    assert padded.images.astype(int).sum() == (IMAGES + 1).astype(int).sum()
+    assert padded.batch(torch.tensor([0]))[0][0, 0, 0, 0].item() == -1
+    assert (padded.labels.tolist(), padded.class_names) == ([2, 0, 1], ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 10, 3), (1, 1, 3, 10)])
+def test_images_larger_than_the_padding_are_refused(shape):
+    with pytest.raises(DataError, match=rf"images are {shape[2]}x{shape[3]}, larger than 9x9"):
+        LabelledImages(np.zeros(shape, np.uint8), np.array([0]), ("a",)).padded(9)
+
+
+def test_padding_is_asked_for_by_a_key_of_at_least_8(tmp_path: Path):
+    write_idx(tmp_path, IMAGES, [2, 0, 1])
+    assert ImagesConfig(pad_to=8).read(tmp_path, "train").images.shape == (3, 1, 8, 8)
+    assert ImagesConfig().read(tmp_path, "train").images.shape == (3, 1, 4, 5)
+    with pytest.raises(ConfigError, match="`pad_to`"):
+        ImagesConfig.from_mapping({"pad_to": 7}, "test")
+
+
+JUDGE = {"classifier": {"architecture": "plain", "channels": 1, "widths": [4]}}
+TEACHER = {"network": {"image_size": 8, "channels": 1, "block_channels": [8]}, "images": 1}
+
+
+@pytest.mark.parametrize(("kind", "values"), [(JudgeConfig, JUDGE), (TeacherConfig, TEACHER)])
+def test_a_config_that_pads_nothing_resolves_to_what_it_was_before_there_was_the_key(kind, values):
+    """Checkpoints and ledgers compare what a config resolves to."""
+    assert "pad_to" not in kind.from_mapping(values, "test").resolved()
+    padding = kind.from_mapping(values | {"pad_to": 12}, "test")
+    assert padding.resolved()["pad_to"] == 12
+    assert kind.from_mapping(padding.resolved(), "test") == padding
+
+
+def test_a_judge_s_images_are_padded_and_coloured_ones_are_already(tmp_path: Path):
+    write_idx(tmp_path, IMAGES, [2, 0, 1], prefix="t10k")
+    config = JudgeConfig.from_mapping(JUDGE | {"pad_to": 10}, "test")
+    assert load_judged(config, tmp_path, "test").images.shape == (3, 1, 10, 10)
+    coloured = {"classifier": JUDGE["classifier"] | {"channels": 3}, "coloured": "object", "pad_to": 32}
+    with pytest.raises(ConfigError, match="leave pad_to out"):
+        JudgeConfig.from_mapping(coloured, "test")

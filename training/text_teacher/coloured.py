@@ -118,6 +118,4 @@ def padded(grey: LabelledImages) -> LabelledImages:
             f"classes are {', '.join(grey.class_names[:3])}, …; captions are of {', '.join(OBJECTS[:3])}, …",
             "give Fashion-MNIST's IDX files",
         )
-    above, left = (SIDE - height) // 2, (SIDE - width) // 2
-    edges = ((0, 0), (0, 0), (above, SIDE - height - above), (left, SIDE - width - left))
-    return LabelledImages(np.pad(grey.images, edges), grey.labels, grey.class_names)
+    return grey.padded(SIDE)
