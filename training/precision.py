@@ -18,7 +18,7 @@ Config = TypeVar("Config", bound=StageConfig)
 def computes_in_bf16(device: str) -> bool:
     """Whether ``device`` multiplies bfloat16 by itself. A CPU that does not is an order of magnitude slower at it."""
     if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))  # type: ignore[no-untyped-call]
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     find = getattr(torch.cpu, "get_capabilities", dict)  # younger than the oldest torch that will do
     capabilities: Mapping[str, Any] = find()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
