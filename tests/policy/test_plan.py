@@ -99,6 +99,6 @@ def test_the_plans_digest_follows_labels_sizes_and_seed():
     assert base == Plan.of(Policy(**SMALL, max_retained_drop=0.5), LABELS).digest
 
 
-def test_the_policy_of_prompts_changes_how_many_teacher_images_there_are_and_no_limit():
+def test_the_policy_of_prompts_changes_how_many_images_there_are_and_no_limit():
     drawn = {"override_samples": 500, "reference_samples": 100}
     assert Policy.load("text-to-image", "policy") == Policy(name="text-to-image", **drawn)
