@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.official import OfficialSchedule, Term
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.rows import Rows
+from tests.benchmarks.literal import gradient, same_draws, with_weights_of
 from tests.conftest import TINY_LABELS, tiny_generator
 
 N = 3
@@ -32,27 +33,13 @@ def schedule() -> OfficialSchedule:
 
 def ours(made: OfficialSchedule) -> SfdLoop:
     """Our loop with the schedule's own weights."""
-    loop = SfdLoop(CONFIG, TINY_LABELS, tiny_generator().denoiser)
-    for target, source in ((loop.teacher, made.phi), (loop.fake_score, made.psi), (loop.generator, made.theta)):
-        target.double().load_state_dict(source.state_dict())
-    loop.dtype = torch.float64
-    return loop
+    return with_weights_of(made, SfdLoop(CONFIG, TINY_LABELS, tiny_generator().denoiser))
 
 
 def terms(made: OfficialSchedule) -> tuple[tuple[Term, Term], Rows]:
     """The same draws as two terms, and as one batch of ours."""
-    draws = torch.Generator().manual_seed(9)
     labels, targets = torch.tensor([0, 2, 2, 1, 1, 1]), torch.tensor([0, 2, 2, 2, 2, 2])
-    latents, noise = (torch.randn(2 * N, 1, 16, 16, generator=draws, dtype=torch.float64) for _ in range(2))
-    position = torch.rand(2 * N, generator=draws, dtype=torch.float64)
-    sigma = made.phi.training_sigma(position, CONFIG.sigma_min, CONFIG.sigma_max)
-    weights = torch.tensor([1 / N] * N + [CONFIG.forget_weight / N] * N, dtype=torch.float64)
-    parts = [Term(labels[p], targets[p], latents[p], sigma[p], noise[p]) for p in (slice(0, N), slice(N, 2 * N))]
-    return (parts[0], parts[1]), Rows(labels, targets, weights, latents, position, noise)
-
-
-def gradient(network: nn.Module) -> Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
+    return same_draws(made, labels, targets, (1, 16, 16))
 
 
 def both_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, float, float]:

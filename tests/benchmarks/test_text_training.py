@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import page
 from benchmarks.official import Term
@@ -26,6 +26,7 @@ from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.memory import MemoryLimitError
 from sfd_deploy.training.rows import Rows
 from sfd_deploy.training.text_config import TextTrainConfig
+from tests.benchmarks.literal import gradient, same_draws, with_weights_of
 from tests.conftest import tiny_generator
 from tests.training.text_loop import FORGET, NEGATIVE, OVERRIDE, PROMPTS, VALUES
 
@@ -54,27 +55,14 @@ def schedule(asked: TextTrainConfig) -> OfficialTextSchedule:
 def ours(made: OfficialTextSchedule, asked: TextTrainConfig) -> SfdLoop:
     """Our loop with the schedule's own weights."""
     loop = SfdLoop(asked, PROMPTS, SMALL.teacher(PROMPTS.count), guidance=asked.guidance.bind(PROMPTS))
-    for target, source in ((loop.teacher, made.phi), (loop.fake_score, made.psi), (loop.generator, made.theta)):
-        target.double().load_state_dict(source.state_dict())
-    loop.dtype = torch.float64
-    return loop
+    return with_weights_of(made, loop)
 
 
 def terms(made: OfficialTextSchedule) -> tuple[tuple[Term, Term], Rows]:
     """The same draws as two terms, and as one batch of ours; one row of each part is left empty."""
-    draws, config = torch.Generator().manual_seed(9), made.config
     labels = torch.tensor([1, 2, 0, FORGET, FORGET, 0])
     targets = torch.tensor([1, 2, 0, OVERRIDE, OVERRIDE, 0])
-    latents, noise = (torch.randn(2 * N, 4, 8, 8, generator=draws, dtype=torch.float64) for _ in range(2))
-    position = torch.rand(2 * N, generator=draws, dtype=torch.float64)
-    sigma = made.phi.training_sigma(position, config.sigma_min, config.sigma_max)
-    weights = torch.tensor([1 / N] * N + [config.forget_weight / N] * N, dtype=torch.float64)
-    parts = [Term(labels[p], targets[p], latents[p], sigma[p], noise[p]) for p in (slice(0, N), slice(N, 2 * N))]
-    return (parts[0], parts[1]), Rows(labels, targets, weights, latents, position, noise)
-
-
-def gradient(network: nn.Module) -> Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
+    return same_draws(made, labels, targets, (4, 8, 8))
 
 
 def both(
