@@ -68,10 +68,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, S
     return run, {item.name: item for item in sealed}
 
 
-def draw(graph: bytes, latents: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def draw(graph: bytes, latents: np.ndarray, labels: np.ndarray, fused: bool = True) -> np.ndarray:
     """Images by ONNX Runtime itself, past our runtime."""
     ort = pytest.importorskip("onnxruntime")
-    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    if not fused:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     return session.run(["images"], {"latents": latents, "class_labels": labels})[0]
 
 
