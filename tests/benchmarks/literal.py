@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from benchmarks.official import OfficialSchedule, Term
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.rows import Rows
+
+Schedule = TypeVar("Schedule", bound=OfficialSchedule)
+
+
+def moved_off(made: Schedule) -> Schedule:
+    """In float64, psi and theta moved off the teacher: at the start all three agree and retained rows cancel."""
+    draws = torch.Generator().manual_seed(5)
+    for network in (made.phi, made.psi, made.theta):
+        network.double()
+    for network in (made.psi, made.theta):
+        for parameter in network.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64)
+    return made
 
 
 def with_weights_of(made: OfficialSchedule, loop: SfdLoop) -> SfdLoop:

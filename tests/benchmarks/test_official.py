@@ -10,7 +10,7 @@ from benchmarks.official import OfficialSchedule, Term
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.rows import Rows
-from tests.benchmarks.literal import gradient, same_draws, with_weights_of
+from tests.benchmarks.literal import gradient, moved_off, same_draws, with_weights_of
 from tests.conftest import TINY_LABELS, tiny_generator
 
 N = 3
@@ -20,15 +20,7 @@ CONFIG = TrainConfig.from_mapping(
 
 
 def schedule() -> OfficialSchedule:
-    """In float64, psi and theta moved off the teacher: at the start all three agree and retained rows cancel."""
-    made = OfficialSchedule(CONFIG, TINY_LABELS, tiny_generator().denoiser)
-    draws = torch.Generator().manual_seed(5)
-    for network in (made.phi, made.psi, made.theta):
-        network.double()
-    for network in (made.psi, made.theta):
-        for parameter in network.parameters():
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64)
-    return made
+    return moved_off(OfficialSchedule(CONFIG, TINY_LABELS, tiny_generator().denoiser))
 
 
 def ours(made: OfficialSchedule) -> SfdLoop:

@@ -26,7 +26,7 @@ from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.memory import MemoryLimitError
 from sfd_deploy.training.rows import Rows
 from sfd_deploy.training.text_config import TextTrainConfig
-from tests.benchmarks.literal import gradient, same_draws, with_weights_of
+from tests.benchmarks.literal import gradient, moved_off, same_draws, with_weights_of
 from tests.conftest import tiny_generator
 from tests.training.text_loop import FORGET, NEGATIVE, OVERRIDE, PROMPTS, VALUES
 
@@ -41,15 +41,7 @@ def config(**guidance: Any) -> TextTrainConfig:
 
 
 def schedule(asked: TextTrainConfig) -> OfficialTextSchedule:
-    """In float64, psi and theta moved off the teacher: at the start all three agree and retained rows cancel."""
-    made = OfficialTextSchedule(asked, PROMPTS, SMALL.teacher(PROMPTS.count))
-    draws = torch.Generator().manual_seed(5)
-    for network in (made.phi, made.psi, made.theta):
-        network.double()
-    for network in (made.psi, made.theta):
-        for parameter in network.parameters():
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64)
-    return made
+    return moved_off(OfficialTextSchedule(asked, PROMPTS, SMALL.teacher(PROMPTS.count)))
 
 
 def ours(made: OfficialTextSchedule, asked: TextTrainConfig) -> SfdLoop:
