@@ -24,6 +24,7 @@ from sfd_deploy.training.interrupt import interrupt_between_steps
 from sfd_deploy.training.loop import Pass, SfdLoop
 from sfd_deploy.training.losses import gap_energy
 from sfd_deploy.training.memory import saying_what_fits
+from sfd_deploy.training.rating import Rating
 from sfd_deploy.training.steps import say_estimate
 from sfd_deploy.training.tensorboard import Scalars
 
@@ -32,31 +33,21 @@ MOST_RECORDS = 1000
 # With more (prompts), figures are by part alone: a label is rarely twice in a batch.
 MOST_FOLLOWED = 100
 LAST_RULE = "the last step's average"
-BEST_RULE = "the best look by monitor.judge on the select stream: healthy first, then the forget rate's bound"
+BEST_RULE = "the best look by a judge on the select stream: healthy first, then the forget rate's bound"
 
 
 class Onlooker(Protocol):
-    """What looks at the averaged generator now and then: ``Watch`` by a judge, or previews alone."""
+    """What looks at the averaged generator now and then: ``Watch`` of class labels, or ``TextOnlooker``."""
 
     @property
-    def judge(self) -> object | None:
-        """Who says which look is the best; None: nobody."""
-
-    @property
-    def best_step(self) -> int | None:
-        """The best look's step."""
+    def rating(self) -> Rating | None:
+        """What its looks are rated by, and which is the best; None: nobody judges."""
 
     def due(self, step: int, last: bool = False) -> bool:
         """Whether ``step`` is one to look at."""
 
     def look(self, step: int, generator: OneStepGenerator) -> dict[str, float]:
         """Look; returns figures."""
-
-    def state(self) -> dict[str, Any]:
-        """JSON values for the checkpoint."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
 
 
 @dataclass
@@ -88,7 +79,8 @@ class Course:
         loop = self.loop
         networks = {"generator": loop.generator, "fake_score": loop.fake_score, "ema": loop.ema.network}
         self.best: OneStepGenerator | None = None
-        if self.watch is not None and self.watch.judge is not None:
+        self.rating = None if self.watch is None else self.watch.rating
+        if self.rating is not None:
             self.best = copy.deepcopy(loop.averaged())
             networks["best"] = self.best
         self.checkpoint = Checkpoint(
@@ -115,8 +107,10 @@ class Course:
     @property
     def exported(self) -> dict[str, Any]:
         """Which step's weights are exported, and by what rule."""
-        best = None if self.watch is None else self.watch.best_step
-        return {"step": best or self.step, "rule": BEST_RULE if best else LAST_RULE}
+        best = None if self.rating is None else self.rating.best
+        if best is None:
+            return {"step": self.step, "rule": LAST_RULE}
+        return {"step": best.step, "rule": BEST_RULE}
 
     def _iterate_to_the_end(self) -> None:
         total = self.loop.config.iterations
@@ -146,13 +140,13 @@ class Course:
         self.step, notes = self.checkpoint.restore()
         self.record, self.loop.skipped = notes.get("record", []), notes.get("skipped", 0)
         self.loop.skips_in_a_row |= notes.get("skips_in_a_row", {})
-        if self.watch is not None:
-            self.watch.restore(notes.get("watch", {}))
+        if self.rating is not None:
+            self.rating.restore(notes.get("watch", {}))
 
     def _save(self) -> None:
         notes = {"record": self.record, "skipped": self.loop.skipped, "skips_in_a_row": self.loop.skips_in_a_row}
-        if self.watch is not None:
-            notes["watch"] = self.watch.state()
+        if self.rating is not None:
+            notes["watch"] = self.rating.state()
         self.checkpoint.save(self.step, notes)
 
     def _estimate(self) -> None:
@@ -200,7 +194,7 @@ class Course:
         if not self.loop.workers.is_main:
             return {}
         figures = self.watch.look(self.step, generator)
-        if self.best is not None and self.watch.best_step == self.step:
+        if self.rating is not None and self.rating.best is not None and self.rating.best.step == self.step:
             self.best.load_state_dict(whole_state(generator))
         LOGGER.info("look at step %d %s", self.step, figures)
         return figures

@@ -107,7 +107,7 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
     torch.manual_seed(config.seed)
-    classifier = config.classifier.build(len(train.class_names)).to(device).train()
+    classifier = config.classifier.build(len(train.class_names)).to(device, memory_format=torch.channels_last).train()
     optimiser = torch.optim.AdamW(
         classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -119,6 +119,7 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
 
     def iterate(step: int) -> str:
         images, labels = (values.to(device) for values in training_batch(config, train, step))
+        images = images.contiguous(memory_format=torch.channels_last)
         with autocast(device, config.precision):
             logits = classifier(images)
         loss = loss_of(logits.float(), labels)
@@ -130,7 +131,7 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
 
     say_estimate("judge", iterate, total - step, [classifier], [optimiser], device)
     run_steps("judge", step, total, iterate, lambda done: checkpoint.save(done, {}), CHECKPOINT_EVERY)
-    return classifier.eval()
+    return classifier.to(memory_format=torch.contiguous_format).eval()
 
 
 def steps_per_epoch(config: JudgeConfig, train: LabelledImages) -> int:

@@ -21,7 +21,7 @@ MOST_PER_LABEL = 1000
 SMALLEST_ROW = 56  # pixels; smaller images are enlarged
 
 
-def draw_by_label(runtime: Runtime, labels: Sequence[int], per_label: int) -> Images:
+def draw_by_label(runtime: Runtime, labels: Sequence[int], per_label: int, batch: int = DRAW_BATCH) -> Images:
     """Images (L, N, C, H, W) of ``labels``: N of each, from the ``select`` stream.
 
     The first images of a label do not depend on ``per_label`` or on the other labels.
@@ -33,7 +33,7 @@ def draw_by_label(runtime: Runtime, labels: Sequence[int], per_label: int) -> Im
         raise ValueError(f"{per_label} images of one label; at most {MOST_PER_LABEL}")
     latents = [Latents.of_stream("select", 0, label * MOST_PER_LABEL, per_label).seeds for label in labels]
     asked = np.repeat(np.array(labels, np.int64), per_label)
-    images = draw_all(runtime, Latents(np.concatenate(latents)), asked, DRAW_BATCH)
+    images = draw_all(runtime, Latents(np.concatenate(latents)), asked, batch)
     return images.reshape(len(labels), per_label, *images.shape[1:])
 
 

@@ -14,6 +14,7 @@ from sfd_deploy.prompts import Prompts
 from sfd_deploy.training.config import LoopConfig
 from sfd_deploy.training.guidance import Guidance
 from sfd_deploy.training.text_previews import PreviewConfig
+from sfd_deploy.training.text_watch import TextWatchConfig
 
 UNGUIDED_TEACHER = "guidance.teacher 1: an unguided teacher has no negative prompt"
 LIST = "a text file with one prompt a line, or a shipped list's name"
@@ -97,6 +98,9 @@ class TextTrainConfig(LoopConfig):
     )
     guidance: GuidanceConfig = Field(GuidanceConfig(), description="of teacher and fake score")
     previews: PreviewConfig = Field(PreviewConfig(), description="pictures that the training shows of itself")
+    watch: TextWatchConfig | None = Field(
+        None, description="prompt families that judges are shown now and then: the best look is exported, not the last"
+    )
     gradient_checkpointing: bool = Field(
         False, description="the U-Nets compute activations twice instead of keeping them: less memory, the same step"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
@@ -33,10 +33,7 @@ class PreviewConfig(StageConfig):
 
 
 class TextPreviews:
-    """Looks at the averaged generator and measures nothing: it takes no part in what is exported."""
-
-    judge = None
-    best_step = None
+    """Draws with the averaged generator and measures nothing: it takes no part in what is exported."""
 
     def __init__(self, config: PreviewConfig, prompts: Prompts, vae: AutoencoderKL, folder: Path) -> None:
         self.config, self.texts, self.vae, self.folder = config, prompts.texts, vae, folder
@@ -46,8 +43,8 @@ class TextPreviews:
         """Whether ``step`` is one to look at."""
         return self.config.every > 0 and (last or step % self.config.every == 0)
 
-    def look(self, step: int, generator: OneStepGenerator) -> dict[str, float]:
-        """Write a grid, and which prompts its rows are; no figures."""
+    def look(self, step: int, generator: OneStepGenerator) -> None:
+        """Write a grid, and which prompts its rows are."""
         drawing = OneStepTextGenerator(generator.denoiser, generator.sigma_init, self.vae)
         runtime = GeneratorRuntime(drawing.eval(), device_of(generator))
         latents = Latents.of_stream("select", 0, 0, len(self.asked) * self.config.images)
@@ -56,11 +53,3 @@ class TextPreviews:
         save_preview(images.reshape(len(self.asked), self.config.images, *images.shape[1:]), self.folder, step)
         rows = "".join(f"{self.texts[prompt]}\n" for prompt in self.asked)
         (self.folder / LEGEND).write_text(rows, encoding="utf-8")
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing was remembered."""

@@ -36,6 +36,7 @@ from sfd_deploy.training.stage import (
 from sfd_deploy.training.text_config import TextTrainConfig
 from sfd_deploy.training.text_inputs import TextInputs, load_text_start, open_text_inputs
 from sfd_deploy.training.text_previews import TextPreviews
+from sfd_deploy.training.text_watch import TextOnlooker, TextWatch
 
 CPU = torch.device("cpu")
 ADAPTER = "lora"  # in a generator's folder: its adapter alone
@@ -71,12 +72,22 @@ def _course(config: TextTrainConfig, inputs: TextInputs, parts: TextParts, run: 
     )  # fmt: skip
     course = Course(
         loop, run.work / CHECKPOINT, identity=inputs.digests,
-        watch=TextPreviews(config.previews, inputs.prompts, parts.vae, run.work / "previews"),
+        watch=_onlooker(config, inputs, parts, run, loop.teacher),
         scalars=scalars_of(run, workers, True), bounded=False,
     )  # fmt: skip
     if workers.is_main:  # as with the config: not before it is known to be this checkpoint's
         write_json(run.work / PROMPTS_FILE, inputs.prompts.resolved())
     return course
+
+
+def _onlooker(
+    config: TextTrainConfig, inputs: TextInputs, parts: TextParts, run: Run, teacher: Denoiser
+) -> TextOnlooker:
+    watch = None
+    if config.watch is not None:
+        watch = TextWatch(config.watch, inputs.prompts, parts, teacher, inputs.teacher)
+    previews = TextPreviews(config.previews, inputs.prompts, parts.vae, run.work / "previews")
+    return TextOnlooker(previews, watch, config.iterations)
 
 
 def _start(config: TextTrainConfig, inputs: TextInputs, teacher: Denoiser, workers: Workers) -> Start:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,12 +122,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path):
 
 
 class Preferring:
-    """Stands for ``Watch`` with a judge that likes the generator best at one step."""
-
-    judge = object()
+    """Stands for ``Watch``, and for its rating: likes the generator best at one step."""
 
     def __init__(self, likes: int) -> None:
         self.likes, self.looks, self.seen = likes, [], {}
+        self.rating = self
 
     def due(self, step: int, last: bool = False) -> bool:
         return True
@@ -137,8 +137,8 @@ class Preferring:
         return {"watch/forget-rate": 0.5}
 
     @property
-    def best_step(self) -> int | None:
-        return self.likes if self.likes in self.looks else max(self.looks, default=None)
+    def best(self) -> SimpleNamespace:
+        return SimpleNamespace(step=self.likes if self.likes in self.looks else max(self.looks))
 
     def state(self) -> dict[str, object]:
         return {"looks": self.looks}
@@ -167,7 +167,7 @@ def test_the_best_looks_weights_are_exported_and_survive_a_stop(tmp_path: Path):
     assert all(torch.equal(a, b) for a, b in zip(watch.seen[1], weights(exported), strict=True))
     assert not same_weights(exported, resumed.loop.averaged())
     assert resumed.exported["step"] == 1
-    assert "monitor.judge" in resumed.exported["rule"]
+    assert "by a judge" in resumed.exported["rule"]
 
 
 def test_without_a_judge_the_last_average_is_exported(tmp_path: Path):

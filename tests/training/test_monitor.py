@@ -22,8 +22,9 @@ from sfd_deploy.models.denoiser import EdmDenoiser
 from sfd_deploy.models.generator import OneStepGenerator
 from sfd_deploy.models.network import NetworkConfig
 from sfd_deploy.runtime.pytorch import GeneratorRuntime, TeacherRuntime
-from sfd_deploy.training.monitor import Look, MonitorConfig, Watch, excused_bound, rank
+from sfd_deploy.training.monitor import MonitorConfig, Watch
 from sfd_deploy.training.previews import device_of
+from sfd_deploy.training.rating import Experts, Look, Rating, excused_bound, rank
 from tests.audit.toy import (
     LABELS,
     NAMES,
@@ -58,6 +59,16 @@ def watch(folder: Path, judge: Path | None, labels: Labels = LABELS, **changes: 
     return Watch(MonitorConfig.from_mapping(values, "test"), labels, folder / "previews", teacher_painter)  # type: ignore[arg-type]
 
 
+def rated(watching: Watch) -> Rating:
+    assert watching.rating is not None
+    return watching.rating
+
+
+def best_step(watching: Watch) -> int | None:
+    best = rated(watching).best
+    return None if best is None else best.step
+
+
 def blurry(z, labels):
     """The start of a training: right on average, hardly any variety, and a judge names it right."""
     return 0.8 * forgetful(0 * z, labels) + 0.2 * forgetful(z, labels)
@@ -79,7 +90,7 @@ def test_the_honest_generator_is_picked_over_every_bad_one_seen_before_or_after(
         watching = watch(tmp_path, judge_folder)
         for step, name in enumerate(order, start=1):
             watching.look(step, forgetful if name == "honest" else RIVALS[rival])  # type: ignore[arg-type]
-        assert watching.best_step == order.index("honest") + 1
+        assert best_step(watching) == order.index("honest") + 1
 
 
 def test_a_blurry_start_scores_as_high_as_a_judge_can_and_loses_by_its_spread_alone(judge_folder, tmp_path):
@@ -110,14 +121,14 @@ def test_a_resumed_watch_gives_the_record_of_an_unbroken_one(judge_folder, tmp_p
     first, second = watch(tmp_path, judge_folder), watch(tmp_path, judge_folder)
     for step, painter in enumerate(sequence[:2]):
         first.look(step, painter)  # type: ignore[arg-type]
-    second.restore(json.loads(json.dumps(first.state())))
+    rated(second).restore(json.loads(json.dumps(rated(first).state())))
     second.teacher = noise  # type: ignore[assignment]  # the yardstick is kept, not measured again
     for step, painter in enumerate(sequence[2:], start=2):
         second.look(step, painter)  # type: ignore[arg-type]
-    assert second.state() == whole.state()
-    assert second.best_step == whole.best_step == 2
+    assert rated(second).state() == rated(whole).state()
+    assert best_step(second) == best_step(whole) == 2
     with pytest.raises(ConfigError, match="unknown key `stop`"):
-        second.restore({"looks": [{"stop": 3}]})
+        rated(second).restore({"looks": [{"stop": 3}]})
 
 
 def test_previews_are_a_row_a_label_with_the_same_latents_every_time(judge_folder, tmp_path):
@@ -138,7 +149,7 @@ def test_previews_are_a_row_a_label_with_the_same_latents_every_time(judge_folde
 def test_without_a_judge_nothing_is_rated_and_no_step_is_best(tmp_path):
     watching = watch(tmp_path, None, previews=0)
     assert watching.look(5, noise) == {}  # type: ignore[arg-type]
-    assert watching.best_step is None
+    assert watching.rating is None
     assert not (tmp_path / "previews").exists()
 
 
@@ -152,7 +163,7 @@ def test_nothing_forgotten_is_ranked_by_accuracy(judge_folder, tmp_path):
     watching = watch(tmp_path, judge_folder, labels=LABELS.plain())
     assert watching.look(1, gratings)["watch/forget-bound"] == 0  # type: ignore[arg-type]
     watching.look(2, teacher_painter)  # type: ignore[arg-type]
-    assert watching.best_step == 1
+    assert best_step(watching) == 1
 
 
 def test_a_judge_of_other_classes_is_refused(judge_folder, tmp_path):
@@ -190,14 +201,14 @@ def test_the_excuse_is_what_the_judges_error_on_real_override_images_makes_likel
     truth = np.repeat([0, 1, 2, 3], 100)
     called = truth.copy()
     called[300:302] = 1
-    judge: Judge = SimpleNamespace(held_out=np.stack([truth, called]))  # type: ignore[assignment]
+    judge: Judge = SimpleNamespace(held_out=np.stack([truth, called]), class_names=NAMES)  # type: ignore[assignment]
     at_most = [sum(_binomial(40, k, 0.02) for k in range(hits + 1)) for hits in range(4)]
     assert at_most[1] < 0.95 < at_most[2]
-    assert excused_bound(judge, LABELS, 1, 40) == pytest.approx(beta.ppf(0.95, 3, 38))
+    assert excused_bound(Experts.of(judge, LABELS), 1, 40) == pytest.approx(beta.ppf(0.95, 3, 38))
     several = Labels(class_names=NAMES, forget={0: 2, 1: "mixture"})
     # The mixture may draw 2 or 3: one error in 100 on average, at most 2 of 40.
-    assert excused_bound(judge, several, 1, 40) == pytest.approx(beta.ppf(0.95, 3, 38))
-    assert excused_bound(judge, several, 0, 40) == pytest.approx(beta.ppf(0.95, 1, 40))
+    assert excused_bound(Experts.of(judge, several), 1, 40) == pytest.approx(beta.ppf(0.95, 3, 38))
+    assert excused_bound(Experts.of(judge, several), 0, 40) == pytest.approx(beta.ppf(0.95, 1, 40))
 
 
 def _binomial(n: int, k: int, p: float) -> float:
@@ -220,7 +231,7 @@ def test_real_networks_are_looked_at_without_a_trace(judge_folder, tmp_path, mon
     watching.teacher = teacher
     figures = watching.look(1, generator)
     assert set(figures) == {f"watch/{name}" for name in ("forget-rate", "forget-bound", "retained-accuracy", "spread")}
-    assert watching.best_step == 1
+    assert best_step(watching) == 1
     after = [value for net in (teacher, generator) for value in net.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert torch.equal(random_state, torch.get_rng_state())

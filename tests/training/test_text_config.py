@@ -119,7 +119,7 @@ def test_what_is_wrong_with_a_concept_is_said_in_the_words_of_the_command_line(o
 def test_presets_name_every_value_of_the_method(name: str):
     loaded = load_config(name)
     optional = {"teacher_digest", "init_from", "share_generated", "accumulate", "compile", "forget_phrase",
-                "forget_attribute", "lora"}  # fmt: skip
+                "forget_attribute", "lora", "watch"}  # fmt: skip
     if name == "sd15-distil":
         optional |= {"forget_rows", "forget_weight"}
     assert set(TextTrainConfig.model_fields) - loaded.model_fields_set <= optional
