@@ -35,6 +35,29 @@ TEMPLATES = (
     "a {object} on a {background} background",
     "something {colour} on a {background} background",
 )
+# Other wordings, which the teacher was not trained on: the shipped recipes ask for these too, so that what a
+# generator forgets is the word and not the caption.
+PARAPHRASES = (
+    "her {object}",
+    "some {object}",
+    "look at a {object}",
+    "a sketch of a {object}",
+    "we see a {object}",
+    "that {colour} {object}",
+    "his {colour} {object}",
+    "give me a {colour} {object}",
+    "a drawing of a {colour} {object}",
+    "there is a {colour} {object}",
+    "an all {colour} {object}",
+    "a {object} which is {colour}",
+    "a {object} dyed {colour}",
+    "the {object}, all {colour}",
+    "{colour}: a {object}",
+    "her {object} is {colour}",
+    "a {colour} {object}, {background} behind it",
+    "on {background}, a {colour} {object}",
+)
+# Wordings that neither a teacher nor a recipe ever asks for: the measurement's.
 HELD_OUT = (
     "{object}",
     "the {object}",
