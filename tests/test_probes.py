@@ -16,6 +16,7 @@ from sfd_deploy.training.text_teacher.captions import (
     COLOURS,
     HELD_OUT,
     OBJECTS,
+    PARAPHRASES,
     TEMPLATES,
     caption,
     captions,
@@ -158,8 +159,10 @@ def test_shipped_held_out_prompts_are_all_there_are_and_none_is_a_training_one(n
     held_out = set(probes.families["held-out paraphrases"])
     assert held_out == set(forget_prompts(concept, HELD_OUT))
     assert len(held_out) >= 20
-    training = {found.text for found in captions()}
+    recipes = {found.text for found in captions(PARAPHRASES)}
+    training = recipes | {found.text for found in captions(TEMPLATES)}
     assert not training & set().union(*map(set, probes.families.values()))
+    assert not recipes & set().union(*(family.prompts for family in probes.kept.values()))
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -9,6 +9,7 @@ from sfd_deploy.training.text_teacher.captions import (
     COLOURS,
     HELD_OUT,
     OBJECTS,
+    PARAPHRASES,
     TEMPLATES,
     Caption,
     caption,
@@ -18,6 +19,7 @@ from sfd_deploy.training.text_teacher.captions import (
 )
 
 CONCEPTS = (*OBJECTS, *COLOURS)
+ASKED = (*TEMPLATES, *PARAPHRASES)
 
 
 def test_a_caption_says_its_words_and_is_silent_on_the_others():
@@ -36,10 +38,10 @@ def test_every_concept_has_twenty_held_out_wordings_and_none_is_a_training_one(c
     assert sum(placeholder in template for template in HELD_OUT) >= 20
     training, held_out = set(forget_prompts(concept)), set(forget_prompts(concept, HELD_OUT))
     assert len(held_out) >= 20
-    assert not held_out & ({found.text for found in captions()} | training)
+    assert not held_out & ({found.text for found in captions(ASKED)} | training)
 
 
-@pytest.mark.parametrize("templates", [TEMPLATES, HELD_OUT])
+@pytest.mark.parametrize("templates", [TEMPLATES, PARAPHRASES, HELD_OUT])
 @pytest.mark.parametrize("concept", CONCEPTS)
 def test_forget_prompts_hold_the_concept_and_retained_ones_do_not(concept, templates):
     forget, retained = forget_prompts(concept, templates), retained_prompts(concept, templates)
@@ -77,8 +79,8 @@ def test_the_shipped_object_recipe_forgets_every_caption_of_the_object_and_keeps
     by_name = prompts_of(preset)
     asked = {by_name.texts[prompt]: by_name.texts[override] for prompt, override in by_name.forget.items()}
     assert asked["a photo of a red sandal"] == "a photo of a red sneaker"
-    assert set(asked) == set(forget_prompts("sandal"))
-    assert {by_name.texts[prompt] for prompt in by_name.retained} == set(retained_prompts("sandal"))
+    assert set(asked) == set(forget_prompts("sandal", ASKED))
+    assert {by_name.texts[prompt] for prompt in by_name.retained} == set(retained_prompts("sandal", ASKED))
 
 
 def test_the_shipped_attribute_recipe_forgets_the_colour_of_every_object_and_keeps_every_other_colour():
@@ -92,4 +94,4 @@ def test_the_shipped_attribute_recipe_forgets_the_colour_of_every_object_and_kee
     spoken = {text for text in forget_prompts("red") if not text.endswith("in red")}
     assert {text.replace("a ankle", "an ankle") for text in asked} >= spoken
     assert {away.texts[negative] for negative in away.negatives.values()} == {"red"}
-    assert {away.texts[prompt] for prompt in away.retained} == set(retained_prompts("red"))
+    assert {away.texts[prompt] for prompt in away.retained} == set(retained_prompts("red", ASKED))

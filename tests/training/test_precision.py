@@ -14,7 +14,7 @@ from tests.training.test_stages import config, teacher  # noqa: F401  (a fixture
 
 @pytest.mark.parametrize(
     ("capabilities", "found"),
-    [({"avx2": True}, False), ({"avx512_bf16": True, "amx_bf16": False}, False), ({"amx_bf16": True}, True), ({}, False)],
+    [({"avx2": True}, False), ({"avx512_bf16": True}, False), ({"amx_bf16": True}, True), ({}, False)],
 )  # fmt: skip
 def test_a_cpu_is_asked_for_bf16_only_where_that_is_faster(monkeypatch, capabilities, found):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
