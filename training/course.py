@@ -194,7 +194,8 @@ class Course:
         if not self.loop.workers.is_main:
             return {}
         figures = self.watch.look(self.step, generator)
-        if self.rating is not None and self.rating.best is not None and self.rating.best.step == self.step:
+        best = None if self.rating is None else self.rating.best
+        if self.best is not None and best is not None and best.step == self.step:
             self.best.load_state_dict(whole_state(generator))
         LOGGER.info("look at step %d %s", self.step, figures)
         return figures

@@ -107,7 +107,8 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
     torch.manual_seed(config.seed)
-    classifier = config.classifier.build(len(train.class_names)).to(device, memory_format=torch.channels_last).train()
+    classifier = config.classifier.build(len(train.class_names)).to(device).train()
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub lacks it; in place
     optimiser = torch.optim.AdamW(
         classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -131,7 +132,8 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
 
     say_estimate("judge", iterate, total - step, [classifier], [optimiser], device)
     run_steps("judge", step, total, iterate, lambda done: checkpoint.save(done, {}), CHECKPOINT_EVERY)
-    return classifier.to(memory_format=torch.contiguous_format).eval()
+    classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return classifier.eval()
 
 
 def steps_per_epoch(config: JudgeConfig, train: LabelledImages) -> int:

@@ -88,4 +88,5 @@ class Watch:
 
     def _draw_teacher(self, label: int, count: int) -> Images:
         runtime = TeacherRuntime(self.teacher, QUICK_SAMPLER, device_of(self.teacher))
-        return draw_by_label(runtime, [label], count)[0]
+        images: Images = draw_by_label(runtime, [label], count)[0]
+        return images

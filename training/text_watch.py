@@ -91,7 +91,8 @@ class TextWatch:
         return self._draw(TextTeacherRuntime(drawing.eval(), device_of(self.teacher)), label, count)
 
     def _draw(self, runtime: Runtime, label: int, count: int) -> Images:
-        return draw_by_label(FamilyRuntime(runtime, self.families), [label], count, self.at_once)[0]
+        images: Images = draw_by_label(FamilyRuntime(runtime, self.families), [label], count, self.at_once)[0]
+        return images
 
     def _asked(self, denoiser: Denoiser) -> Denoiser:
         """``denoiser``'s network, asked for the families' prompts and the empty one."""
