@@ -197,14 +197,18 @@ def images_folder(data: str, given: Path | None) -> Path:
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--rows", "chosen", default=",".join(ROWS), show_default=True, help="Rows, each with its seeds or none.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: runs/rows/<data>]")
+@click.option(
+    "--override-samples", "override", type=click.IntRange(min=1), default=Sizes().override, show_default=True,
+    help="Images that the teacher draws for the judges' own error.",
+)  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of PyTorch")
 @click.option("--page", "into", type=click.Path(path_type=Path), help="Also put the table into this page.")
 @click.option("--curves", "picture", type=click.Path(path_type=Path), help="Also draw the trainings' gaps: a PNG.")
 @click.option("--estimate-only", is_flag=True, help="Say how long it will take, and stop.")
 def command(
-    data: str, images: Path | None, seeds: int, chosen: str, output: Path | None, device: str, threads: int | None,
-    into: Path | None, picture: Path | None, estimate_only: bool,
+    data: str, images: Path | None, seeds: int, chosen: str, output: Path | None, override: int, device: str,
+    threads: int | None, into: Path | None, picture: Path | None, estimate_only: bool,
 ) -> int:  # fmt: skip
     """Make each row of the table of methods; run again to go on."""
     import torch
@@ -218,7 +222,7 @@ def command(
         torch.set_num_threads(threads)
     wanted = wanted_rows(chosen, seeds)
     home = output or Path("runs") / "rows" / data
-    rows = open_rows(data, home, images_folder(data, images), Sizes(), where)
+    rows = open_rows(data, home, images_folder(data, images), Sizes(override=override), where)
     require_images(rows, wanted)
     click.echo(f"expected: about {expected_minutes(rows, wanted):.0f} minutes for what is missing in {home}", err=True)
     if estimate_only:
@@ -227,6 +231,7 @@ def command(
     facts = facts_of(rows, found)
     verdict = rows_table.criteria(facts)
     line = f"python -m benchmarks.rows --data {data} --seeds {seeds} --rows {chosen}"
+    line += f" --override-samples {override}" if override != Sizes().override else ""
     line += f" --device {where}" if where != "cpu" else ""
     text = rows_table.text(facts, verdict, f"`{line}`; {page.computed_on(where)}")
     click.echo(text)

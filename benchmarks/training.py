@@ -102,11 +102,12 @@ def speed_text(task: Task, speed: Speed) -> str:
 @click.option("--limit", type=click.IntRange(min=1), default=2000, show_default=True, help="For --to-row: iterations.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile for our side, on a GPU.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Of our side; left out, the config's.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of PyTorch.")
 @click.option("--page", "into", type=click.Path(path_type=Path), help="Also put the result into this page.")
 def command(
     config: str, rounds: int, iterations: int, to_row: Path | None, judges: tuple[Path, ...], every: int, limit: int,
-    device: str, compiled: bool, threads: int | None, into: Path | None,
+    device: str, compiled: bool, precision: str | None, threads: int | None, into: Path | None,
 ) -> int:  # fmt: skip
     """Measure our training beside the official schedule."""
     import torch
@@ -117,7 +118,8 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     where = torch_device(device)
-    task = open_task(config, **({"compile": True} if compiled else {}))
+    changes = {"compile": compiled or None, "precision": precision}
+    task = open_task(config, **{key: value for key, value in changes.items() if value is not None})
     task = replace(task, config=settled(task.config, where))
     line = f"- `python -m benchmarks.training --config {config}"
     if to_row is None:
@@ -128,7 +130,8 @@ def command(
         race = reach.race(task, to_row, judges, where, every, limit, lambda note: click.echo(note, err=True))
         text, name, line = reach.text(race, MIN_TIME_RATIO), "training to row", f"{line} --to-row RUN"
         failed = race.missed(MIN_TIME_RATIO)
-    flags = f"{' --compile' if compiled else ''}{f' --device {device}' if device != 'cpu' else ''}"
+    flags = f"{' --compile' if compiled else ''}{f' --precision {precision}' if precision else ''}"
+    flags += f" --device {device}" if device != "cpu" else ""
     text += f"\n- Objective: ours {task.config.objective}, official sid.\n{line}{flags}`; {page.computed_on(where)}."
     click.echo(text)
     if into is not None:

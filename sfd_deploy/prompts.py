@@ -32,9 +32,10 @@ KEYWORD: Final = "{keyword}"  # in a subject, where its attribute's keyword goes
 class Prompts(StageConfig):
     """Every prompt that a network is asked for. A condition is a position in ``texts``.
 
-    ``forget`` maps a forget prompt to its override prompt. ``negatives`` maps a forget prompt to the prompt that
-    stands in for the empty one where the teacher is guided; without an entry it is the empty one. ``phrases`` are
-    the words that forget prompts are known by: no retained or override prompt, of a later run either, holds one.
+    ``forget`` maps a forget prompt to its override prompt. ``negatives`` maps a forget or retained prompt to the
+    prompt that stands in for the empty one where the teacher is guided; without an entry it is the empty one.
+    ``phrases`` are the words that forget prompts are known by: no retained or override prompt, of a later run
+    either, holds one.
     """
 
     texts: tuple[str, ...] = Field(min_length=2)
@@ -57,8 +58,8 @@ class Prompts(StageConfig):
             raise ValueError("`unconditional` is not the empty prompt")
         if both := set(self.forget) & {*self.retained, *self.forget.values(), self.unconditional}:
             raise ValueError(f"forget prompt {self.texts[min(both)]!r} is also retained or an override")
-        if kept := set(self.negatives) - set(self.forget):
-            raise ValueError(f"prompt {self.texts[min(kept)]!r} has a negative prompt and is not forgotten")
+        if unasked := set(self.negatives) - {*self.forget, *self.retained}:
+            raise ValueError(f"prompt {self.texts[min(unasked)]!r} has a negative prompt and is in neither part")
         return self
 
     @property
@@ -222,7 +223,8 @@ def negative_prompts(retained: Sequence[str], subjects: Sequence[str], keywords:
     """Forget an attribute: every subject with every keyword becomes the bare subject.
 
     A keyword goes where a subject has ``{keyword}``, or else before it and, after a comma, behind it. The forget
-    prompts' negative prompt is the line of all keywords.
+    prompts' negative prompt is the line of all keywords. The bare subjects are retained with the same negative
+    prompt: one that leaves the attribute unsaid is not drawn with it either.
 
     Raises:
         PromptError: no prompts, subjects or keywords, a subject that is a keyword's place and nothing else, or a
@@ -240,7 +242,7 @@ def negative_prompts(retained: Sequence[str], subjects: Sequence[str], keywords:
         for keyword in keywords
         for prompt in _with(keyword, subject)
     }
-    return _number(retained, forget, keywords, ", ".join(keywords))
+    return _number((*retained, *bare), forget, keywords, negative=", ".join(keywords), silent=bare)
 
 
 def _with(keyword: str, subject: str) -> tuple[str, ...]:
@@ -254,9 +256,10 @@ def _bare(subject: str) -> str:
 
 
 def _number(
-    retained: Iterable[str], forget: dict[str, str], phrases: Iterable[str], negative: str | None = None
-) -> Prompts:
-    """Texts in the order of first mention, the empty prompt first."""
+    retained: Iterable[str], forget: dict[str, str], phrases: Iterable[str], negative: str | None = None,
+    silent: Iterable[str] = (),
+) -> Prompts:  # fmt: skip
+    """Texts in the order of first mention, the empty prompt first; ``negative`` is what ``silent`` ones have too."""
     numbers: dict[str, int] = {"": 0}
 
     def number(text: str) -> int:
@@ -264,7 +267,7 @@ def _number(
 
     kept = tuple(dict.fromkeys(number(text) for text in retained))
     mapping = {number(text): number(override) for text, override in forget.items()}
-    negatives = {} if negative is None else dict.fromkeys(mapping, number(negative))
+    negatives = {} if negative is None else dict.fromkeys((*mapping, *map(number, silent)), number(negative))
     return Prompts(
         texts=tuple(numbers), retained=kept, forget=mapping, negatives=negatives,
         phrases=tuple(_composed(phrase) for phrase in phrases),

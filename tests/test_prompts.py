@@ -162,13 +162,24 @@ def test_the_negative_recipe_puts_each_keyword_before_and_behind_each_subject():
         "torn a bag": "a bag", "a bag, torn": "a bag", "bent a bag": "a bag", "a bag, bent": "a bag",
         "torn a coat": "a coat", "a coat, torn": "a coat", "bent a coat": "a coat", "a coat, bent": "a coat",
     }  # fmt: skip
-    assert texts(prompts, prompts.negatives) == dict.fromkeys(texts(prompts, prompts.forget), "torn, bent")
+    assert texts(prompts, prompts.negatives) == dict.fromkeys(
+        (*texts(prompts, prompts.forget), "a bag", "a coat"), "torn, bent"
+    )
     assert prompts.phrases == ("torn", "bent")
+
+
+def test_bare_subjects_are_retained_away_from_the_keywords_and_no_other_retained_prompt_is():
+    prompts = negative_prompts(["a green bag", "a coat"], ["a {keyword} bag", "a coat"], ["red"])
+    assert [prompts.texts[prompt] for prompt in prompts.retained] == ["a green bag", "a coat", "a bag"]
+    away = texts(prompts, {prompt: prompts.negatives[prompt] for prompt in prompts.retained if prompt in prompts.negatives})
+    assert away == {"a bag": "red", "a coat": "red"}
 
 
 def test_a_subject_may_be_retained_and_nothing_with_a_keyword_may():
     retained = ("a bag", "a photo of a blue car")
-    assert negative_prompts(retained, ["a bag"], ["red"]).texts[1:] == (*retained, "red a bag", "a bag, red", "red")
+    prompts = negative_prompts(retained, ["a bag"], ["red"])
+    assert prompts.texts[1:] == (*retained, "red a bag", "a bag, red", "red")
+    assert [prompts.texts[prompt] for prompt in prompts.retained] == list(retained)
     with pytest.raises(PromptError, match="retained prompt 'a RED bag on a beach' holds the phrase 'red'"):
         negative_prompts(["a RED bag on a beach"], ["bag"], ["red"])
     with pytest.raises(PromptError, match="subject 'red bag' holds the phrase 'red'"):
@@ -190,7 +201,7 @@ def test_no_or_empty_subjects_and_keywords_are_refused(subjects, keywords, said)
     ({"forget": {"2": 3}}, "prompt 3 is out of range: there are 3"),
     ({"retained": [-1]}, "prompt -1 is out of range"),
     ({"negatives": {"2": 7}}, "prompt 7 is out of range"),
-    ({"negatives": {"1": 2}}, "prompt 'a' has a negative prompt and is not forgotten"),
+    ({"texts": ["", "a", "b", "c"], "negatives": {"3": 2}}, "prompt 'c' has a negative prompt and is in neither part"),
     ({"phrases": ["a", " "]}, "a phrase is empty"),
     ({"unconditional": 1}, "not the empty prompt"),
     ({"retained": [1, 2]}, "forget prompt 'b' is also retained or an override"),

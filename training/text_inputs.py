@@ -109,17 +109,17 @@ def prompts_of(config: TextTrainConfig) -> Prompts:
 def still_forgetting(prompts: Prompts, earlier: Prompts) -> Prompts:
     """``prompts``, and what ``earlier`` forgot beside it: in no part, it would come back; retained, be taught again.
 
+    The earlier run's retained prompts with a negative prompt stay with it; where both give one, both count.
+
     Raises:
         PromptError: a prompt was forgotten earlier with another override, or a retained or override prompt holds
             a phrase that either forgets.
         ConfigError: a prompt forgotten by one is retained or an override in the other.
     """
-    texts = tuple(dict.fromkeys((*prompts.texts, *_texts_forgotten(earlier))))
+    away = _both_negatives(prompts, earlier)
+    texts = tuple(dict.fromkeys((*prompts.texts, *_texts_forgotten(earlier), *away.values())))
     number = {text: index for index, text in enumerate(texts)}
-    forgotten, negatives = (
-        {number[earlier.texts[key]]: number[earlier.texts[value]] for key, value in pairs.items()}
-        for pairs in (earlier.forget, earlier.negatives)
-    )
+    forgotten = {number[earlier.texts[key]]: number[earlier.texts[value]] for key, value in earlier.forget.items()}
     for prompt, override in forgotten.items():
         if prompts.forget.get(prompt, override) != override:
             raise PromptError(
@@ -127,16 +127,26 @@ def still_forgetting(prompts: Prompts, earlier: Prompts) -> Prompts:
                 "leave it out: it stays forgotten, and another override would teach it anew",
             )
     forget, phrases = prompts.forget | forgotten, tuple(dict.fromkeys((*prompts.phrases, *earlier.phrases)))
-    for kind, asked in (("retained prompt", prompts.retained), ("override prompt", dict.fromkeys(forget.values()))):
+    silent = (number[earlier.texts[prompt]] for prompt in earlier.retained if prompt in earlier.negatives)
+    retained = tuple(dict.fromkeys((*prompts.retained, *silent)))
+    for kind, asked in (("retained prompt", retained), ("override prompt", dict.fromkeys(forget.values()))):
         require_without(kind, [texts[prompt] for prompt in asked], phrases)
     values = prompts.model_dump() | {
-        "texts": texts, "forget": forget, "negatives": negatives | prompts.negatives, "phrases": phrases
+        "texts": texts, "retained": retained, "forget": forget, "phrases": phrases,
+        "negatives": {number[prompt]: number[negative] for prompt, negative in away.items()},
     }  # fmt: skip
     return Prompts.from_mapping(values, "these prompts and the earlier run's")
 
 
+def _both_negatives(prompts: Prompts, earlier: Prompts) -> dict[str, str]:
+    """Prompt → negative prompt of either run; of both, the earlier one's words first."""
+    then, now = ({one.texts[a]: one.texts[b] for a, b in one.negatives.items()} for one in (earlier, prompts))
+    both = {prompt: f"{then[prompt]}, {now[prompt]}" for prompt in then.keys() & now.keys() if then[prompt] != now[prompt]}
+    return then | now | both
+
+
 def _texts_forgotten(prompts: Prompts) -> Iterable[str]:
-    asked = (*prompts.forget, *prompts.forget.values(), *prompts.negatives.values())
+    asked = (*prompts.forget, *prompts.forget.values(), *prompts.negatives, *prompts.negatives.values())
     return (prompts.texts[prompt] for prompt in asked)
 
 

@@ -82,6 +82,30 @@ def test_a_missed_ratio_exits_with_one(official_seconds, code, monkeypatch: pyte
     assert "Objective: ours sid, official sid." in page.read_text()
 
 
+def test_cifar10_is_timed_on_the_size_that_its_teachers_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    task = open_task("cifar10", precision="bf16")
+    assert 30e6 < sum(weights.numel() for weights in task.teacher.unet.parameters()) < 60e6
+    assert (task.teacher.unet.config["sample_size"], task.teacher.unet.config["in_channels"]) == (32, 3)
+    assert (task.config.precision, task.config.retained_rows, task.labels.forget) == ("bf16", 128, {0: 1})
+
+
+def test_the_command_changes_what_it_is_told_to_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, object]] = []
+
+    def open_with(_name: str, **changes: object) -> Task:
+        asked.append(changes)
+        return tiny_task()
+
+    speed = Speed(3, 1, {"ours": [1.0], "official": [2.0]}, dict.fromkeys(SIDES, 1))
+    monkeypatch.setattr("benchmarks.training.open_task", open_with)
+    monkeypatch.setattr("benchmarks.training.measure_speed", lambda *_a: speed)
+    said = [CliRunner().invoke(command, flags, standalone_mode=False).output
+            for flags in ([], ["--compile", "--precision", "bf16"])]  # fmt: skip
+    assert asked == [{}, {"compile": True, "precision": "bf16"}]
+    assert ["--compile --precision bf16`" in text for text in said] == [False, True]
+
+
 def test_a_config_without_its_teacher_is_timed_on_an_untrained_network_of_its_shape(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = open_task("digits")

@@ -10,7 +10,7 @@ from torch import nn
 
 from sfd_deploy.errors import ConfigError, PromptError
 from sfd_deploy.models.denoiser import DiscreteDenoiser
-from sfd_deploy.prompts import Prompts, negative_prompts
+from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.kinds import changed, config_of, load_config
 from sfd_deploy.training.text_config import GuidanceConfig, TextTrainConfig
@@ -165,7 +165,8 @@ def test_an_attribute_is_forgotten_with_every_subject_by_the_line_of_keywords():
     assert len(prompts.forget) == 2 * len(keywords) * len(subjects)
     assert {prompts.texts[override] for override in prompts.forget.values()} == set(subjects)
     assert {prompts.texts[negative] for negative in prompts.negatives.values()} == {", ".join(keywords)}
-    assert set(prompts.negatives) == set(prompts.forget)
+    assert set(prompts.negatives) == {*prompts.forget, *prompts.forget.values()}
+    assert set(prompts.forget.values()) < set(prompts.retained)
     assert preset.guidance.bind(prompts).away[next(iter(prompts.negatives))] == next(iter(prompts.negatives.values()))
 
 
@@ -204,11 +205,22 @@ def test_what_an_earlier_run_forgot_stays_forgotten_with_its_negative_prompt():
     assert both.phrases == ("red", "crimson")
 
 
+def test_a_subject_that_an_earlier_run_kept_away_from_its_attribute_stays_so():
+    now = phrase_prompts(["a shoe"], ["an old shoe"], "old", "new")
+    both = still_forgetting(now, negative_prompts(["a bag"], ["a coat"], ["red"]))
+    named = {both.texts[a]: both.texts[b] for a, b in both.negatives.items()}
+    assert named == {"red a coat": "red", "a coat, red": "red", "a coat": "red"}
+    assert [both.texts[prompt] for prompt in both.retained] == ["a shoe", "a coat"]
+
+
 def test_a_second_attribute_of_the_same_subjects_has_its_own_negative_prompt():
     torn, red = (negative_prompts(["a bag"], ["a coat"], [keyword]) for keyword in ("torn", "red"))
     both = still_forgetting(torn, red)
     named = {both.texts[a]: both.texts[b] for a, b in both.negatives.items()}
-    assert named == {"red a coat": "red", "a coat, red": "red", "torn a coat": "torn", "a coat, torn": "torn"}
+    assert named == {
+        "red a coat": "red", "a coat, red": "red", "torn a coat": "torn", "a coat, torn": "torn",
+        "a coat": "red, torn",
+    }  # fmt: skip
     away = GuidanceConfig().bind(both).away
     assert {both.texts[a]: both.texts[b] for a, b in enumerate(away) if b} == named
     assert both.phrases == ("torn", "red")
