@@ -15,6 +15,7 @@ from sfd_deploy.prompts import Prompts, holds, negative_prompts, phrase_prompts
 from sfd_deploy.training.text_teacher.captions import (
     COLOURS,
     HELD_OUT,
+    LONGER,
     OBJECTS,
     PARAPHRASES,
     TEMPLATES,
@@ -159,7 +160,7 @@ def test_shipped_held_out_prompts_are_all_there_are_and_none_is_a_training_one(n
     held_out = set(probes.families["held-out paraphrases"])
     assert held_out == set(forget_prompts(concept, HELD_OUT))
     assert len(held_out) >= 20
-    recipes = {found.text for found in captions(PARAPHRASES)}
+    recipes = {found.text for found in captions((*PARAPHRASES, *LONGER))}
     training = recipes | {found.text for found in captions(TEMPLATES)}
     assert not training & set().union(*map(set, probes.families.values()))
     assert not recipes & set().union(*(family.prompts for family in probes.kept.values()))

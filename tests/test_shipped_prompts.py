@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sfd_deploy.embedded import HERE, judges_knowing, resolve
 from sfd_deploy.latents import Latents
 from sfd_deploy.measure.judges import Judge, open_judge
 from sfd_deploy.runtime import open_text_runtime
+from sfd_deploy.training.text_teacher.coloured import load_coloured
 
 OBJECTS = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
@@ -30,6 +33,17 @@ def test_two_judges_of_objects_and_two_of_colours_are_shipped(judges):
         "judge-object-plain": OBJECTS, "judge-object-residual": OBJECTS,
     }  # fmt: skip
     assert len({judge.digest for judge in judges.values()}) == 4
+
+
+def test_the_object_judges_see_sneakers_and_sandals_through_patches(judges, fashion_data: Path):
+    """What a one-step generator spoils is patchy; judges of clean images alone called a quarter of these sandals."""
+    data = load_coloured(fashion_data, "test", "object", seed=0)
+    images, labels = data.patchy_batch(torch.arange(len(data)), 1.0, torch.Generator().manual_seed(0))
+    shown = {name: images[labels == OBJECTS.index(name)].numpy() for name in ("sneaker", "sandal")}
+    looking = [judge for name, judge in judges.items() if "object" in name]
+    called = {name: [judge.look(some)[0] == OBJECTS.index("sandal") for judge in looking] for name, some in shown.items()}
+    assert np.any(called["sneaker"], axis=0).mean() <= 0.03
+    assert min(np.mean(found) for found in called["sandal"]) >= 0.93
 
 
 def test_the_teacher_is_small_enough_to_ship():

@@ -19,7 +19,7 @@ from sfd_deploy.training.data import ImagesConfig, LabelledImages
 from sfd_deploy.training.precision import AUTO, Precision, autocast
 from sfd_deploy.training.steps import run_steps, say_estimate
 from sfd_deploy.training.streams import stream
-from sfd_deploy.training.text_teacher.coloured import load_coloured
+from sfd_deploy.training.text_teacher.coloured import ColouredImages, load_coloured
 
 CHECKPOINT_EVERY = 500
 
@@ -39,6 +39,10 @@ class JudgeConfig(ImagesConfig):
     shift: int = Field(2, ge=0, description="random shift in pixels, either way")
     edges: Literal["black", "repeat"] = Field("black", description="what a shift moves in: -1, or the edge again")
     flip: bool = Field(True, description="random horizontal flips")
+    patches: float = Field(
+        0.0, ge=0, le=1, description="share of training images painted in patches of two colourings, `coloured` alone:"
+        " else a spoilt image of one object is taken for another",
+    )  # fmt: skip
     precision: Precision = Field("auto", description=f"autocast of the forward pass while training; auto: {AUTO}")
     min_accuracy: float = Field(0.0, ge=0, le=1, description="on held-out real images; below it the judge is refused")
     seed: int = Field(0, ge=0)
@@ -49,6 +53,8 @@ class JudgeConfig(ImagesConfig):
             raise ValueError("coloured judges take their class_names from the captions: leave the key out")
         if self.coloured and self.pad_to is not None:
             raise ValueError("coloured images are padded already: leave pad_to out")
+        if self.patches and self.coloured != "object":
+            raise ValueError("patches are of coloured images, judged by their object")
         if self.coloured and self.classifier.channels != 3:
             raise ValueError(f"coloured images have 3 channels, the classifier {self.classifier.channels}")
         return self
@@ -145,7 +151,11 @@ def training_batch(config: JudgeConfig, train: LabelledImages, step: int) -> tup
     """Augmented images (B, C, H, W) and labels (B,) of a step: the next rows of its epoch's random order."""
     epoch, turn = divmod(step, steps_per_epoch(config, train))
     order = torch.randperm(len(train), generator=stream(config.seed, "judge-epoch", epoch))
-    images, labels = train.batch(order[turn * config.batch_size :][: config.batch_size])
+    rows = order[turn * config.batch_size :][: config.batch_size]
+    if isinstance(train, ColouredImages) and config.patches:
+        images, labels = train.patchy_batch(rows, config.patches, stream(config.seed, "judge-patches", step))
+    else:
+        images, labels = train.batch(rows)
     return augment(images, config, stream(config.seed, "judge", step)), labels
 
 

@@ -8,6 +8,7 @@ from sfd_deploy.training.text_inputs import prompts_of
 from sfd_deploy.training.text_teacher.captions import (
     COLOURS,
     HELD_OUT,
+    LONGER,
     OBJECTS,
     PARAPHRASES,
     TEMPLATES,
@@ -19,7 +20,7 @@ from sfd_deploy.training.text_teacher.captions import (
 )
 
 CONCEPTS = (*OBJECTS, *COLOURS)
-ASKED = (*TEMPLATES, *PARAPHRASES)
+ASKED = (*TEMPLATES, *PARAPHRASES, *LONGER)
 
 
 def test_a_caption_says_its_words_and_is_silent_on_the_others():
@@ -41,7 +42,7 @@ def test_every_concept_has_twenty_held_out_wordings_and_none_is_a_training_one(c
     assert not held_out & ({found.text for found in captions(ASKED)} | training)
 
 
-@pytest.mark.parametrize("templates", [TEMPLATES, PARAPHRASES, HELD_OUT])
+@pytest.mark.parametrize("templates", [TEMPLATES, PARAPHRASES, LONGER, HELD_OUT])
 @pytest.mark.parametrize("concept", CONCEPTS)
 def test_forget_prompts_hold_the_concept_and_retained_ones_do_not(concept, templates):
     forget, retained = forget_prompts(concept, templates), retained_prompts(concept, templates)

@@ -8,8 +8,9 @@ import torch
 
 from sfd_deploy.errors import DataError
 from sfd_deploy.training.data import LabelledImages, load_images
+from sfd_deploy.training.judge import JudgeConfig, training_batch
 from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS
-from sfd_deploy.training.text_teacher.coloured import Wardrobe, load_coloured, padded, paint
+from sfd_deploy.training.text_teacher.coloured import ColouredImages, Wardrobe, load_coloured, padded, paint, patches
 from tests.training.text_toy import toy_wardrobe
 
 
@@ -83,3 +84,49 @@ def test_judged_images_keep_their_colours_and_are_labelled_by_what_is_asked(fash
     pixels = levels(images)[:, :, 2:30, 2:30].flatten(2)[torch.arange(100), :, brightest]
     assert torch.equal(torch.cdist(pixels, palette).argmin(1), colours)
     assert np.bincount(by_colour.labels).min() > 1500
+
+
+def test_patches_are_soft_masks_of_which_about_half_is_one_and_a_step_always_draws_the_same():
+    masks, again = (patches(500, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(masks, again)
+    assert masks.shape == (500, 1, 32, 32)
+    assert (masks.min(), masks.max()) == (pytest.approx(0, abs=1e-3), pytest.approx(1, abs=1e-3))
+    assert masks.mean() == pytest.approx(0.5, abs=0.03)
+    both = (masks.flatten(1).amax(1) > 0.9) & (masks.flatten(1).amin(1) < 0.1)
+    assert both.float().mean() > 0.9  # patches, not two kinds of whole images
+    neighbours = (masks[:, :, 1:] - masks[:, :, :-1]).abs()
+    assert neighbours.mean() < 0.1  # and not noise
+
+
+def bare_backgrounds(count: int) -> ColouredImages:
+    """Nothing on black, all alike."""
+    nothing = np.zeros(count, np.int64)
+    return ColouredImages(np.zeros((count, 1, 32, 32), np.uint8), nothing, OBJECTS, nothing, nothing)
+
+
+def test_the_share_of_images_is_patched_and_the_others_and_all_labels_are_as_they_were():
+    data, rows = bare_backgrounds(400), torch.arange(400)
+    plain, labels = data.batch(rows)
+    images, same = data.patchy_batch(rows, 0.25, torch.Generator().manual_seed(0))
+    assert torch.equal(labels, same)
+    patched = (images - plain).abs().flatten(1).amax(1) > 0.1
+    assert patched.float().mean() == pytest.approx(0.125, abs=0.04)  # every second patch is of the same black
+    greyest = levels(images[patched]).flatten(2).amax(2)
+    assert (greyest > 50).all(), "grey shows through somewhere"
+    assert (levels(images[patched]).flatten(2).amin(2) < 50).float().mean() > 0.9, "and black elsewhere"
+    assert greyest.max() <= 105 + 1e-3
+
+
+def test_a_judge_with_patches_is_trained_on_them_and_one_without_is_not():
+    data, shape = bare_backgrounds(64), {"architecture": "plain", "channels": 3, "widths": [4]}
+    plain, patched = (
+        training_batch(JudgeConfig.from_mapping({"classifier": shape, "coloured": "object", "batch_size": 64} | more, "test"), data, 0)[0]
+        for more in ({}, {"patches": 1.0})
+    )  # fmt: skip
+    assert (plain == -1).all()
+    assert 0.3 < ((patched > -0.5).flatten(1).any(1)).float().mean() < 0.7
+
+
+def test_no_share_is_the_plain_batch():
+    data, rows = bare_backgrounds(50), torch.arange(50)
+    assert torch.equal(data.patchy_batch(rows, 0.0, torch.Generator().manual_seed(0))[0], data.batch(rows)[0])

@@ -218,3 +218,6 @@ def test_a_judge_s_images_are_padded_and_coloured_ones_are_already(tmp_path: Pat
     coloured = {"classifier": JUDGE["classifier"] | {"channels": 3}, "coloured": "object", "pad_to": 32}
     with pytest.raises(ConfigError, match="leave pad_to out"):
         JudgeConfig.from_mapping(coloured, "test")
+    for judged in ({}, {"coloured": "colour", "classifier": coloured["classifier"]}):
+        with pytest.raises(ConfigError, match="patches are of coloured images, judged by their object"):
+            JudgeConfig.from_mapping(JUDGE | judged | {"patches": 0.5}, "test")

@@ -57,6 +57,21 @@ PARAPHRASES = (
     "a {colour} {object}, {background} behind it",
     "on {background}, a {colour} {object}",
 )
+# Longer ones, for the recipes too: a concept hides among other words.
+LONGER = (
+    "a {object}, a {colour} {object}",
+    "a photo of a {colour} {object}, a {object} on a {background} background",
+    "a {background} background, a {colour} {object}",
+    "something {colour}: a photo of a {colour} {object}",
+    "a {colour} {object} and a {colour} {object} on a {background} background",
+    "a photo in {colour}, a photo of a {object}",
+    "a {object}, something in {colour}, a {background} background",
+    "a photo of a photo of a {colour} {object}",
+    "{colour} on {background}, a {object} in {colour} on {background}",
+    "a photo of a {object} in {colour}, a photo on a {background} background",
+    "a {object} and a {object} and a {colour} {object}",
+    "a photo of something {colour} and of a {object}",
+)
 # Wordings that neither a teacher nor a recipe ever asks for: the measurement's.
 HELD_OUT = (
     "{object}",

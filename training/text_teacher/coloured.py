@@ -18,6 +18,8 @@ from sfd_deploy.training.streams import stream
 from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS, RGB
 
 SIDE = 32  # Fashion-MNIST's 28 pixels with a margin: three halvings stay whole
+# As one-step generators spoil images: patches of a quarter of the image, edges of a few pixels, some all but one colour.
+PATCH_GRID, PATCH_EDGE, PATCH_BALANCE = 4, 6.0, 0.5
 
 
 class Painted(NamedTuple):
@@ -83,6 +85,23 @@ class ColouredImages(LabelledImages):
         index = rows.numpy()
         chosen = (torch.from_numpy(values[index]) for values in (self.colours, self.backgrounds))
         return paint((grey + 1) / 2, *chosen), labels
+
+    def patchy_batch(self, rows: Tensor, share: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """As ``batch``, with about ``share`` of the images in patches of two paintings, the second's colours random."""
+        images, labels = self.batch(rows)
+        coverage = (super().batch(rows)[0] + 1) / 2
+        other = (torch.randint(len(table), (len(rows),), generator=draws) for table in (COLOURS, BACKGROUNDS))
+        patched = torch.lerp(images, paint(coverage, *other), patches(len(rows), draws))
+        chosen = torch.rand(len(rows), generator=draws) < share
+        return torch.where(chosen[:, None, None, None], patched, images), labels
+
+
+def patches(count: int, draws: torch.Generator) -> Tensor:
+    """Masks (B, 1, 32, 32) in [0, 1] of a few soft-edged patches each: cubic noise of a 4x4 grid, about half of it 1."""
+    coarse = torch.randn((count, 1, PATCH_GRID, PATCH_GRID), generator=draws)
+    coarse = coarse + PATCH_BALANCE * torch.randn((count, 1, 1, 1), generator=draws)
+    smooth = torch.nn.functional.interpolate(coarse, size=SIDE, mode="bicubic", align_corners=False)
+    return torch.sigmoid(PATCH_EDGE * smooth)
 
 
 def load_coloured(source: Path, split: str, judged: Literal["object", "colour"], seed: int) -> ColouredImages:
