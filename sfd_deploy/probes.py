@@ -16,7 +16,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import ConfigError, LabelError, PromptError
 from sfd_deploy.labels import MIXTURE, Labels, Override
-from sfd_deploy.prompts import CONCEPT, Prompts, holds, prompt_list
+from sfd_deploy.phrases import holds
+from sfd_deploy.prompt_lists import prompt_list
+from sfd_deploy.prompts import CONCEPT, Prompts
 
 TRAINING: Final = "training prompts"  # the family of the run's own forget prompts
 JUDGES_A_CLASS: Final = 2  # a hit is what either says

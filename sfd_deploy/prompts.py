@@ -8,23 +8,18 @@ guided away from all the attribute's keywords instead of from the empty prompt.
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
-from functools import cache
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final, Self
 
 from pydantic import Field, model_validator
 
-from sfd_deploy.config import PRESETS, StageConfig
+from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import PromptError, RunError
+from sfd_deploy.phrases import composed, require_without, rewrite
 
 PROMPTS_FILE: Final = "prompts.json"  # in a generator's or artefact's folder: the prompts that it was trained with
 CONCEPT: Final = "{concept}"  # in a list of forget prompts, where the phrase goes
-NAMED: Final = 3  # spoilt prompts that an error names
 TEXT_TO_IMAGE: Final = "text-to-image"  # `kind` in configs and in manifests' facts
 KEYWORD: Final = "{keyword}"  # in a subject, where its attribute's keyword goes
 
@@ -68,30 +63,6 @@ class Prompts(StageConfig):
         return len(self.texts)
 
 
-def read_prompts(file: Path) -> tuple[str, ...]:
-    """The prompts of a UTF-8 text file, one a line in order; blank lines and spaces around a prompt are dropped.
-
-    Raises:
-        PromptError: missing, unreadable, not UTF-8, or empty.
-    """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise PromptError(f"{file}: no such file", "give a text file with one prompt a line") from None
-    except UnicodeDecodeError as error:
-        raise _not_text(file, f"byte {error.start}") from None
-    except OSError as error:
-        raise PromptError(f"{file}: cannot be read ({error.strerror})", "give a readable text file") from None
-    if "\0" in text:
-        raise _not_text(file, "a zero byte")
-    # Composed, as CLIP's tokenizer has it: two spellings of one accent are one prompt.
-    lines = (_composed(line).strip() for line in text.splitlines())
-    prompts = tuple(line for line in lines if line)
-    if not prompts:
-        raise PromptError(f"{file}: no prompt in it", "write one prompt a line")
-    return prompts
-
-
 def in_utf8(text: str) -> bytes:
     """A prompt as a server is sent it.
 
@@ -102,29 +73,6 @@ def in_utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(f"prompt {text!r} is not UTF-8 text (character {error.start})", "write it as UTF-8") from None
-
-
-def prompt_list(name_or_file: str) -> tuple[str, ...]:
-    """The prompts of a shipped list or of a text file.
-
-    Raises:
-        PromptError: no such list or file, or one that cannot be used.
-    """
-    shipped = shipped_lists()
-    if name_or_file in shipped:
-        with resources.as_file(shipped[name_or_file]) as file:
-            return read_prompts(file)
-    if not Path(name_or_file).exists():
-        raise PromptError(
-            f"{name_or_file}: no such prompt list",
-            f"give a text file with one prompt a line, or one of {', '.join(sorted(shipped))}",
-        )
-    return read_prompts(Path(name_or_file))
-
-
-def shipped_lists() -> dict[str, Traversable]:
-    """The prompt lists of this package, by name."""
-    return {item.name.removesuffix(".txt"): item for item in (resources.files(PRESETS) / "prompts").iterdir()}
 
 
 def draws_from_prompts(folder: Path) -> bool:
@@ -147,49 +95,6 @@ def prompts_in(folder: Path) -> Prompts:
     except (OSError, ValueError):
         raise RunError(f"{file}: not readable JSON", "restore the file, or make the folder again") from None
     return Prompts.from_mapping(values, str(file))
-
-
-def rewrite(prompt: str, phrase: str, substitute: str) -> str:
-    """``prompt`` with every occurrence of ``phrase`` replaced, as ``holds`` finds it; both are taken literally.
-
-    Raises:
-        PromptError: the phrase is empty or absent, or what comes out still holds it.
-    """
-    prompt, phrase, substitute = (_composed(text) for text in (prompt, phrase, substitute))
-    if not phrase.strip():
-        raise PromptError("the phrase to forget (--concept) is empty", "give the words that name the concept")
-    if not holds(prompt, phrase):
-        raise PromptError(
-            f"prompt {prompt!r} does not hold the phrase {phrase!r}",
-            "write the phrase (--concept) as it stands in the forget prompts, or leave that prompt out",
-        )
-    # A function, since a substitute's backslash would mean something to a regular expression too.
-    written = _pattern(phrase).sub(lambda _: substitute, prompt)
-    if holds(written, phrase):
-        raise PromptError(
-            f"{written!r} still holds the phrase {phrase!r}", "give a substitute (--substitute) without it"
-        )
-    if not written.strip():
-        raise PromptError(f"nothing is left of prompt {prompt!r}", "give a substitute (--substitute) for the phrase")
-    return written
-
-
-def holds(prompt: str, phrase: str) -> bool:
-    """Whether ``phrase`` stands in ``prompt``: whole words or their plural, in any case, spacing, accents."""
-    return _pattern(phrase).search(_composed(prompt)) is not None
-
-
-def require_without(kind: str, texts: Iterable[str], phrases: Iterable[str]) -> None:
-    """Refuse ``texts`` that hold what is forgotten: they would teach it anew. ``kind`` says what they are.
-
-    Raises:
-        PromptError: how many hold a phrase, and the first few.
-    """
-    texts = tuple(texts)
-    for phrase in phrases:
-        pattern = _pattern(phrase)
-        if spoilt := [text for text in texts if pattern.search(_composed(text))]:
-            raise _spoilt(kind, spoilt, phrase)
 
 
 def plain_prompts(retained: Sequence[str]) -> Prompts:
@@ -263,14 +168,14 @@ def _number(
     numbers: dict[str, int] = {"": 0}
 
     def number(text: str) -> int:
-        return numbers.setdefault(_composed(text), len(numbers))
+        return numbers.setdefault(composed(text), len(numbers))
 
     kept = tuple(dict.fromkeys(number(text) for text in retained))
     mapping = {number(text): number(override) for text, override in forget.items()}
     negatives = {} if negative is None else dict.fromkeys((*mapping, *map(number, silent)), number(negative))
     return Prompts(
         texts=tuple(numbers), retained=kept, forget=mapping, negatives=negatives,
-        phrases=tuple(_composed(phrase) for phrase in phrases),
+        phrases=tuple(composed(phrase) for phrase in phrases),
     )  # fmt: skip
 
 
@@ -279,32 +184,3 @@ def _require_some(kind: str, texts: Sequence[str]) -> None:
         raise PromptError(f"no {kind} is given", f"give a list of them, one {kind} a line")
     if not all(text.strip() for text in texts):
         raise PromptError(f"a {kind} is empty", "leave it out: the empty prompt is always among the conditions")
-
-
-def _spoilt(kind: str, texts: Sequence[str], phrase: str) -> PromptError:
-    if len(texts) == 1:
-        return PromptError(
-            f"{kind} {texts[0]!r} holds the phrase {phrase!r}", "leave it out: it would teach the concept anew"
-        )
-    named = ", ".join(map(repr, texts[:NAMED])) + (f" and {len(texts) - NAMED} more" if len(texts) > NAMED else "")
-    return PromptError(
-        f"{len(texts)} {kind}s hold the phrase {phrase!r}: {named}", "leave them out: they would teach the concept anew"
-    )
-
-
-@cache
-def _pattern(phrase: str) -> re.Pattern[str]:
-    """The phrase's words with any space between them, as a tokenizer has it; of longer words only a plural's."""
-    words = _composed(phrase).split()
-    before = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
-    # Looked at and not taken: rewritten, a plural stays one.
-    behind = r"(?=(?:['\u2019]?s|es)?(?!\w))" if re.search(r"\w$", words[-1]) else ""
-    return re.compile(before + r"\s+".join(map(re.escape, words)) + behind, re.IGNORECASE)
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
-def _not_text(file: Path, where: str) -> PromptError:
-    return PromptError(f"{file}: not UTF-8 text ({where})", "save it as UTF-8")

@@ -10,8 +10,9 @@ from sfd_deploy.config import preset_names
 from sfd_deploy.errors import ConfigError, LabelError, PromptError, SfdError
 from sfd_deploy.labels import MIXTURE
 from sfd_deploy.models.text.tokens import require_within_limit
+from sfd_deploy.phrases import holds
 from sfd_deploy.probes import TRAINING, Families, Probes
-from sfd_deploy.prompts import Prompts, holds, negative_prompts, phrase_prompts
+from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts
 from sfd_deploy.training.text_teacher.captions import (
     COLOURS,
     HELD_OUT,

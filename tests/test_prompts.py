@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfd_deploy.errors import BAD_INPUT, ConfigError, PromptError, RunError
-from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts, prompts_in, read_prompts, rewrite
+from sfd_deploy.phrases import rewrite
+from sfd_deploy.prompt_lists import read_prompts
+from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts, prompts_in
 
 RETAINED = ("a photo of a red bag", "a blue coat")
 
@@ -171,8 +173,8 @@ def test_the_negative_recipe_puts_each_keyword_before_and_behind_each_subject():
 def test_bare_subjects_are_retained_away_from_the_keywords_and_no_other_retained_prompt_is():
     prompts = negative_prompts(["a green bag", "a coat"], ["a {keyword} bag", "a coat"], ["red"])
     assert [prompts.texts[prompt] for prompt in prompts.retained] == ["a green bag", "a coat", "a bag"]
-    away = texts(prompts, {prompt: prompts.negatives[prompt] for prompt in prompts.retained if prompt in prompts.negatives})
-    assert away == {"a bag": "red", "a coat": "red"}
+    kept = {prompt: away for prompt, away in prompts.negatives.items() if prompt in prompts.retained}
+    assert texts(prompts, kept) == {"a bag": "red", "a coat": "red"}
 
 
 def test_a_subject_may_be_retained_and_nothing_with_a_keyword_may():

@@ -36,12 +36,13 @@ def test_two_judges_of_objects_and_two_of_colours_are_shipped(judges):
 
 
 def test_the_object_judges_see_sneakers_and_sandals_through_patches(judges, fashion_data: Path):
-    """What a one-step generator spoils is patchy; judges of clean images alone called a quarter of these sandals."""
+    """What one step spoils is patchy; judges trained on clean images alone call one in six of these sneakers sandals."""
     data = load_coloured(fashion_data, "test", "object", seed=0)
     images, labels = data.patchy_batch(torch.arange(len(data)), 1.0, torch.Generator().manual_seed(0))
     shown = {name: images[labels == OBJECTS.index(name)].numpy() for name in ("sneaker", "sandal")}
     looking = [judge for name, judge in judges.items() if "object" in name]
-    called = {name: [judge.look(some)[0] == OBJECTS.index("sandal") for judge in looking] for name, some in shown.items()}
+    sandal = OBJECTS.index("sandal")
+    called = {name: [judge.look(some)[0] == sandal for judge in looking] for name, some in shown.items()}
     assert np.any(called["sneaker"], axis=0).mean() <= 0.03
     assert min(np.mean(found) for found in called["sandal"]) >= 0.93
 

@@ -14,16 +14,9 @@ from sfd_deploy.models.denoiser import Denoiser, DiscreteDenoiser
 from sfd_deploy.models.folder import read_weights
 from sfd_deploy.models.text.folder import SAVE_AGAIN, open_text_teacher
 from sfd_deploy.models.text.network import PromptedUNet
-from sfd_deploy.prompts import (
-    Prompts,
-    negative_prompts,
-    phrase_prompts,
-    plain_prompts,
-    prompt_list,
-    prompts_in,
-    require_without,
-    shipped_lists,
-)
+from sfd_deploy.phrases import require_without
+from sfd_deploy.prompt_lists import prompt_list, shipped_lists
+from sfd_deploy.prompts import Prompts, negative_prompts, phrase_prompts, plain_prompts, prompts_in
 from sfd_deploy.training.inputs import (
     OTHER_FOLDER,
     Origin,
@@ -141,8 +134,8 @@ def still_forgetting(prompts: Prompts, earlier: Prompts) -> Prompts:
 def _both_negatives(prompts: Prompts, earlier: Prompts) -> dict[str, str]:
     """Prompt → negative prompt of either run; of both, the earlier one's words first."""
     then, now = ({one.texts[a]: one.texts[b] for a, b in one.negatives.items()} for one in (earlier, prompts))
-    both = {prompt: f"{then[prompt]}, {now[prompt]}" for prompt in then.keys() & now.keys() if then[prompt] != now[prompt]}
-    return then | now | both
+    twice = (prompt for prompt in then if now.get(prompt, then[prompt]) != then[prompt])
+    return then | now | {prompt: f"{then[prompt]}, {now[prompt]}" for prompt in twice}
 
 
 def _texts_forgotten(prompts: Prompts) -> Iterable[str]:

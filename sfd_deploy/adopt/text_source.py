@@ -19,7 +19,8 @@ from sfd_deploy.models.folder import read_json
 from sfd_deploy.models.teachers import hash_files, unsealed
 from sfd_deploy.models.text.folder import GIVE_STABLE_DIFFUSION, files_read, require_parts
 from sfd_deploy.models.text.schedule import TEACHER_SIGMA, read_schedule
-from sfd_deploy.prompts import PROMPTS_FILE, Prompts, phrase_prompts, plain_prompts, prompt_list, prompts_in
+from sfd_deploy.prompt_lists import prompt_list
+from sfd_deploy.prompts import PROMPTS_FILE, Prompts, phrase_prompts, plain_prompts, prompts_in
 
 PIPELINES = (None, "StableDiffusionPipeline", "DiffusionPipeline")
 LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}  # the last is diffusers' name for its safety checker

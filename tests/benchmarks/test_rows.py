@@ -213,10 +213,13 @@ def test_a_model_s_figures_come_from_the_cells_they_name(tmp_path: Path):
 def test_one_command_makes_the_padded_rows_their_picture_and_their_page(tmp_path: Path, monkeypatch):
     """What is run on a GPU for `fashion-mnist-32`, on the digits with a margin."""
     monkeypatch.setattr(Workshop, "of_preset", lambda _name, home, _images, device: tiny_workshop(home, 12, device))
-    monkeypatch.setattr("benchmarks.rows.Sizes", lambda **chosen: TINY_SIZES.model_copy(update=chosen))
+    monkeypatch.setattr(
+        "benchmarks.rows.Sizes", lambda override=5: TINY_SIZES.model_copy(update={"override": override})
+    )
     (tmp_path / "page.md").write_text("<!-- rows fashion-mnist-32 --><!-- /rows fashion-mnist-32 -->")
     arguments = ["--data", "fashion-mnist-32", "--rows", "teacher,distilled,sfd", "-o", str(tmp_path / "out"),
-                 "--override-samples", "7", "--curves", str(tmp_path / "curves.png"), "--page", str(tmp_path / "page.md")]  # fmt: skip
+                 "--override-samples", "7", "--curves", str(tmp_path / "curves.png"),
+                 "--page", str(tmp_path / "page.md")]  # fmt: skip
     result = CliRunner().invoke(command, arguments, standalone_mode=False)
     assert result.exception is None, result.output
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".png"] == ["curves.png"]

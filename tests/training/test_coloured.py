@@ -119,10 +119,9 @@ def test_the_share_of_images_is_patched_and_the_others_and_all_labels_are_as_the
 
 def test_a_judge_with_patches_is_trained_on_them_and_one_without_is_not():
     data, shape = bare_backgrounds(64), {"architecture": "plain", "channels": 3, "widths": [4]}
-    plain, patched = (
-        training_batch(JudgeConfig.from_mapping({"classifier": shape, "coloured": "object", "batch_size": 64} | more, "test"), data, 0)[0]
-        for more in ({}, {"patches": 1.0})
-    )  # fmt: skip
+    values = {"classifier": shape, "coloured": "object", "batch_size": 64}
+    configs = (JudgeConfig.from_mapping(values | more, "test") for more in ({}, {"patches": 1.0}))
+    plain, patched = (training_batch(config, data, 0)[0] for config in configs)
     assert (plain == -1).all()
     assert 0.3 < ((patched > -0.5).flatten(1).any(1)).float().mean() < 0.7
 

@@ -18,7 +18,7 @@ from sfd_deploy.training.streams import stream
 from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS, RGB
 
 SIDE = 32  # Fashion-MNIST's 28 pixels with a margin: three halvings stay whole
-# As one-step generators spoil images: patches of a quarter of the image, edges of a few pixels, some all but one colour.
+# As one-step generators spoil images: patches about a quarter wide, edges of a few pixels, some images nearly whole.
 PATCH_GRID, PATCH_EDGE, PATCH_BALANCE = 4, 6.0, 0.5
 
 
@@ -97,7 +97,7 @@ class ColouredImages(LabelledImages):
 
 
 def patches(count: int, draws: torch.Generator) -> Tensor:
-    """Masks (B, 1, 32, 32) in [0, 1] of a few soft-edged patches each: cubic noise of a 4x4 grid, about half of it 1."""
+    """Masks (B, 1, 32, 32) in [0, 1] of a few soft-edged patches each: cubic noise of a 4x4 grid, half of it 1."""
     coarse = torch.randn((count, 1, PATCH_GRID, PATCH_GRID), generator=draws)
     coarse = coarse + PATCH_BALANCE * torch.randn((count, 1, 1, 1), generator=draws)
     smooth = torch.nn.functional.interpolate(coarse, size=SIDE, mode="bicubic", align_corners=False)
