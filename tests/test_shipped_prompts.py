@@ -36,7 +36,7 @@ def test_two_judges_of_objects_and_two_of_colours_are_shipped(judges):
 
 
 def test_the_object_judges_see_sneakers_and_sandals_through_patches(judges, fashion_data: Path):
-    """What one step spoils is patchy; judges trained on clean images alone call one in six of these sneakers sandals."""
+    """What one step spoils is patchy; judges of clean images alone called one in six of these sneakers sandals."""
     data = load_coloured(fashion_data, "test", "object", seed=0)
     images, labels = data.patchy_batch(torch.arange(len(data)), 1.0, torch.Generator().manual_seed(0))
     shown = {name: images[labels == OBJECTS.index(name)].numpy() for name in ("sneaker", "sandal")}
