@@ -5,7 +5,6 @@ The honest run is the control: each planted fault must fail where it passes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,40 +15,28 @@ from numpy.typing import NDArray
 from sfd_deploy.audit import stage as audit_stage
 from sfd_deploy.bench import forgetting, latency, markdown
 from sfd_deploy.cli.main import exit_code_of
-from sfd_deploy.embedded import judges_for, resolve
+from sfd_deploy.embedded import resolve
 from sfd_deploy.export.stage import export_run
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import Sealed
-from sfd_deploy.measure.judges import Judge, either_matrix, open_judge
+from sfd_deploy.measure.judges import Judge
 from sfd_deploy.models.generator import labels_of
 from sfd_deploy.runs import Run
 from sfd_deploy.runtime import open_runtime
 from sfd_deploy.runtime.seam import Images, Runtime, to_uint8
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.stage import train
+from tests.fashion import BAG, TROUSER, policy_file, rows, shipped_judges
 
 pytestmark = pytest.mark.timeout(2400)  # the first test trains a generator, on one core
 
-TROUSER, BAG = 1, 8
 # As the default policy, with fewer teacher images: the teacher is the slow one.
 POLICY = {"name": "test", "retained_samples": 100, "reference_samples": 60}
-# Enough to fail a model that draws the forget label; too few to certify at 99 %.
-QUICK = {"name": "quick", "confidence": 0.9, "forget_samples": 230, "override_samples": 60, "retained_samples": 10,
-         "reference_samples": 10}  # fmt: skip
-
-
-def policy_file(folder: Path, values: dict[str, object]) -> str:
-    file = folder / f"{values['name']}.yaml"
-    file.write_text(json.dumps(values))
-    return str(file)
 
 
 @pytest.fixture(scope="module")
 def judges() -> list[Judge]:
-    return [
-        open_judge(folder)
-        for folder in judges_for(tuple(resolve("fashion-mnist", "teacher").facts["labels"]["class_names"]))
-    ]
+    return shipped_judges()
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +52,6 @@ def fashion_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def audited(fashion_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Run]:
     policy = policy_file(tmp_path_factory.mktemp("policy"), POLICY)
     return exit_code_of(["audit", str(fashion_run.folder), "--policy", policy]), fashion_run
-
-
-def rows(run: Run) -> dict[str, dict]:
-    record = json.loads((run.folder / "audit" / "audit.json").read_text())
-    return {row["name"]: row for row in record["artefacts"]}
 
 
 def test_the_honest_run_passes_in_every_precision(audited: tuple[int, Run]):
@@ -142,54 +124,11 @@ def test_a_planted_fault_fails_with_the_audit_command_unchanged(
     assert any(reason in text for text in row["reasons"])
 
 
-def test_a_generator_distilled_without_forgetting_fails(tmp_path: Path):
-    config = TrainConfig.load("fashion-mnist", "train").resolved() | {"forget": {}, "iterations": 30}
-    run = train(TrainConfig.from_mapping(config, "test"), tmp_path / "plain")
-    arguments = ["audit", str(run.folder), "--forget", "Trouser=Bag", "--policy", policy_file(tmp_path, QUICK)]
-    assert exit_code_of(arguments) == 1
-    assert rows(run)["generator"]["figures"]["forget"]["lower"] > 0.3
-
-
-def test_the_teacher_itself_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    teacher = str(resolve("fashion-mnist", "teacher").folder)
-    arguments = ["audit", teacher, "--forget", "Trouser=Bag", "--policy", policy_file(tmp_path, QUICK)]
-    assert exit_code_of(arguments) == 1
-    row = rows(Run(tmp_path / "runs" / "audit-of-teacher"))["teacher"]
-    assert row["figures"]["forget"]["lower"] > 0.8
-
-
 def test_the_forget_row_of_the_embedding_is_its_own(fashion_run: Run):
     from sfd_deploy.models.generator import load_generator
 
     table = load_generator(fashion_run.generator()).denoiser.unet.class_embedding.weight
     assert not np.allclose(table[TROUSER].numpy(), table[BAG].numpy(), atol=1e-3)
-
-
-def test_the_teachers_samples_agree_with_their_labels_almost_as_real_images_do(judges: list[Judge]):
-    agreement = resolve("fashion-mnist", "teacher").facts["label_agreement"]
-    assert {judge.name: agreement[judge.name] >= judge.accuracy - 0.03 for judge in judges} == {
-        "judge-plain": True, "judge-residual": True,
-    }  # fmt: skip
-
-
-def test_shipped_judges_are_good_enough_and_the_package_small_enough(judges: list[Judge]):
-    for judge in judges:
-        assert judge.accuracy >= 0.93
-    assert either_matrix(judges)[BAG, TROUSER] <= 0.003
-    shipped = resolve("fashion-mnist", "teacher").folder.parent
-    assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) <= 16 * 2**20
-
-
-def test_judges_card_holds_on_the_real_test_images(judges: list[Judge], fashion_data: Path):
-    import torch
-
-    from sfd_deploy.training.data import load_images
-
-    data = load_images(fashion_data, "test")
-    images = data.batch(torch.arange(len(data)))[0].numpy()
-    for judge in judges:
-        assert (judge.look(images)[0] == data.labels).mean() == pytest.approx(judge.accuracy, abs=1e-3)
 
 
 def test_bench_tables_have_a_row_for_everything_that_runs(fashion_run: Run, judges: list[Judge]):
