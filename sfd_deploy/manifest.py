@@ -28,6 +28,8 @@ Kind = Literal["teacher", "judge", "generator", "fake-score", "artefact", "refer
 TOOLS = ("sfd-deploy", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
          "tensorrt-rtx-cu12-bindings", "numpy", "safetensors", "transformers",
          "tritonclient")  # fmt: skip
+# By Linux's names. INT8 graphs draw other images with VNNI than without, and `precision: auto` asks for AMX.
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
 class FileRecord(StageConfig):
@@ -160,12 +162,22 @@ def tool_versions() -> dict[str, str]:
 
 @cache
 def host_facts() -> dict[str, str | int]:
-    """The machine: system, architecture, processor and core count. No host or user name."""
-    processor = platform.processor() or platform.machine()
+    """The machine: system, architecture, processor, its instruction sets for networks, core count. No host or user."""
     cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.is_file():
-        lines = cpu_info.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    return {"system": platform.system(), "machine": platform.machine(), "processor": processor,
-            "cores": os.cpu_count() or 1}  # fmt: skip
+    text = cpu_info.read_text(encoding="utf-8", errors="replace") if cpu_info.is_file() else ""
+    return {
+        "system": platform.system(), "machine": platform.machine(),
+        "processor": _first_in(text, "model name") or platform.processor() or platform.machine(),
+        "instructions": instructions_in(text), "cores": os.cpu_count() or 1,
+    }  # fmt: skip
+
+
+def instructions_in(cpu_info: str) -> str:
+    """Those of ``INSTRUCTIONS`` that Linux's /proc/cpuinfo has among its flags, with spaces between."""
+    flags = _first_in(cpu_info, "flags").split()
+    return " ".join(name for name in INSTRUCTIONS if name in flags)
+
+
+def _first_in(cpu_info: str, field: str) -> str:
+    lines = (line.partition(":") for line in cpu_info.splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == field), "")

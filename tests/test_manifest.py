@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfd_deploy.errors import DigestError, ManifestError
-from sfd_deploy.manifest import MANIFEST, Parent, canonical_json, digest_of, verify
+from sfd_deploy.manifest import MANIFEST, Parent, canonical_json, digest_of, instructions_in, verify
 from sfd_deploy.runs import sealed_folder
 
 
@@ -22,6 +22,12 @@ def sealed(tmp_path: Path) -> Path:
     return tmp_path / "thing"
 
 
+def test_the_machine_s_instruction_sets_are_named_as_linux_does():
+    flags = "model name\t: Some CPU: fast\nflags\t\t: fpu avx avx2 amx_bf16 avx512_vnni\nflags\t\t: avx512f\n"
+    assert instructions_in(flags) == "avx2 avx512_vnni amx_bf16"
+    assert instructions_in("flags\t\t: avx avx20\n") == instructions_in("") == ""
+
+
 def test_a_sealed_folder_records_sha256_and_size_of_every_file(sealed: Path):
     found = verify(sealed, "artefact")
     assert set(found.manifest.files) == {"model.onnx", "sub/notes.json"}
@@ -30,6 +36,7 @@ def test_a_sealed_folder_records_sha256_and_size_of_every_file(sealed: Path):
     assert found.digest == hashlib.sha256((sealed / MANIFEST).read_bytes()).hexdigest()
     assert found.manifest.versions["torch"]
     assert found.manifest.host["cores"] >= 1
+    assert "instructions" in found.manifest.host
     assert found.as_parent() == Parent(kind="artefact", name="thing", digest=found.digest)
 
 
