@@ -135,7 +135,7 @@ def _audit(run: Run, name: str, device: str) -> AuditRecord:
 
 
 def _policy() -> Policy:
-    return Policy.load("text-to-image", "policy")
+    return Policy.load("fashion-t2i", "policy")
 
 
 def _stock(run: Run, families: Families) -> Stock:

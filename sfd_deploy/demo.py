@@ -55,7 +55,7 @@ class Demo:
 
 
 CLASSES = Demo("fashion-mnist", ("onnx", "trt"), ("fp32", "fp16", "int8"))
-PROMPTS = Demo("fashion-t2i-sandal", ("onnx",), ("fp32", "int8"), probes="fashion-t2i-sandal", policy="text-to-image")
+PROMPTS = Demo("fashion-t2i-sandal", ("onnx",), ("fp32", "int8"), probes="fashion-t2i-sandal", policy="fashion-t2i")
 
 
 def run_demo(folder: Path, triton: Triton, demo: Demo = CLASSES, set_up_seconds: float = 0.0) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def audited_already(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     asked: dict[str, Any] = {}
 
     def audited(selection: Any, *, policy: Policy, probes: str | None) -> tuple[AuditRecord, Sealed]:
-        asked["probes"] = probes
+        asked.update(probes=probes, policy=policy.name)
         run = asked["run"]
         sealed = seal_audit(run, row_of(run.artefact(MODEL)), policy_digest=policy.digest)
         return read_record(sealed), sealed
@@ -73,9 +73,10 @@ def test_a_demo_without_its_teacher_is_refused_before_triton_is_set_up(
 
 
 ASKED = {
-    "audited_run": ([], "fashion-mnist", (("onnx", "trt"), ("fp32", "fp16", "int8"), {}), None),
+    "audited_run": ([], "fashion-mnist", (("onnx", "trt"), ("fp32", "fp16", "int8"), {}), None, "default"),
     "audited_text_run": (
         ["--text-to-image"], "fashion-t2i-sandal", (("onnx",), ("fp32", "int8"), {}), "fashion-t2i-sandal",
+        "fashion-t2i",
     ),
 }  # fmt: skip
 
@@ -90,7 +91,7 @@ def test_each_demo_serves_what_passed_and_compares_what_clients_get(
     options, *expected = ASKED[kind]
     code = exit_code_of(["demo", *options, "--output", str(run.folder), "--triton", str(triton.folder)])
     summary = json.loads((run.folder / "summary.json").read_text())
-    assert [audited_already[key] for key in ("config", "exported", "probes")] == expected
+    assert [audited_already[key] for key in ("config", "exported", "probes", "policy")] == expected
     assert code == summary["exit_code"] == 0
     assert [row["name"] for row in summary["artefacts"]] == [MODEL]
     assert summary["served"] == {"http": True, "grpc": True, "images_match": True}

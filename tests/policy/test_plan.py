@@ -99,6 +99,7 @@ def test_the_plans_digest_follows_labels_sizes_and_seed():
     assert base == Plan.of(Policy(**SMALL, max_retained_drop=0.5), LABELS).digest
 
 
-def test_the_policy_of_prompts_changes_how_many_images_there_are_and_no_limit():
+@pytest.mark.parametrize(("name", "more"), [("text-to-image", {}), ("fashion-t2i", {"forget_samples": 10_000})])
+def test_the_policies_of_prompts_change_how_many_images_there_are_and_no_limit(name, more):
     drawn = {"override_samples": 500, "reference_samples": 100}
-    assert Policy.load("text-to-image", "policy") == Policy(name="text-to-image", **drawn)
+    assert Policy.load(name, "policy") == Policy(name=name, **drawn, **more)
