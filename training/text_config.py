@@ -34,7 +34,7 @@ class AttributeConfig(StageConfig):
     keywords: str = Field(description=f"words for the attribute: {LIST}")
     subjects: str = Field(
         description=f"what has it: {LIST}; each is forgotten with each keyword where {{keyword}} is in it, or else"
-        " before and behind it"
+        " before and behind it, and retained bare, guided away from the keywords"
     )
 
 
