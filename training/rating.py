@@ -6,17 +6,18 @@ when, is the caller's: ``monitor.Watch`` and ``text_watch.TextWatch``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
 from sfd_deploy.config import StageConfig
 from sfd_deploy.labels import Labels
-from sfd_deploy.measure.fidelity import spread
+from sfd_deploy.measure.fidelity import spread, spread_error
 from sfd_deploy.measure.judges import Judge
 from sfd_deploy.measure.rates import upper_bound
 from sfd_deploy.runtime.seam import Images
@@ -28,6 +29,7 @@ HEALTHY = 0.7
 # between two backgrounds was 20 % off, and a generator that an audit found healthy was not.
 YARDSTICK_SAMPLES = 64
 
+Spreads = dict[int, tuple[float, float]]  # per retained label: the spread, and its relative standard error
 DrawLabel = Callable[[int, int], Images]  # a label and how many → its images (N, C, H, W)
 
 
@@ -35,7 +37,7 @@ class Yardstick(StageConfig):
     """The teacher by the same judges on the same latents."""
 
     retained_accuracy: float
-    spread: dict[int, float]  # per retained label
+    spread: Spreads
 
 
 class Look(StageConfig):
@@ -47,14 +49,21 @@ class Look(StageConfig):
     excused_bound: float  # the bound if only the judge's own errors were seen
     retained_accuracy: float
     accuracy_ratio: float  # to the teacher's
-    spread_ratio: float  # to the teacher's, of the retained label where it is least
+    spread_ratio: float  # to the teacher's, of the retained label whose bound is least
+    spread_error: float  # its relative standard error
 
     def figures(self) -> dict[str, float]:
         """What the record and TensorBoard show of it."""
         return {
             "watch/forget-rate": self.forget_rate, "watch/forget-bound": self.forget_bound,
             "watch/retained-accuracy": self.retained_accuracy, "watch/spread": self.spread_ratio,
+            "watch/spread-bound": self.spread_ratio * stretch(self.spread_error),
         }  # fmt: skip
+
+
+def stretch(error: float) -> float:
+    """What a spread of relative standard error ``error`` is multiplied by for its one-sided 95 % upper bound."""
+    return math.exp(float(norm.ppf(CONFIDENCE)) * error)
 
 
 def rank(look: Look) -> tuple[float, float, float, int]:
@@ -63,11 +72,13 @@ def rank(look: Look) -> tuple[float, float, float, int]:
     1. Health: accuracy and spread, each over the teacher's, whichever is worse. All above 0.7 count the
        same; below, more is better. A collapsed generator, the blurry start (which a judge may well name
        right), one that draws the override for everything, and noise (whose spread is far above 1) lose here.
+       Of the spread its bound counts: the least of a dozen ratios of few images each reads low by chance alone,
+       and a rule that takes it as read throws healthy looks away.
     2. The forget rate's upper bound. All that the judge's own confusion of override with forget label
        explains count the same: below it, fewer hits are luck.
     3. Retained accuracy, then the later step, whose average holds less of the start.
     """
-    spread_health = min(look.spread_ratio, 1 / max(look.spread_ratio, 1e-9))
+    spread_health = min(look.spread_ratio, 1 / max(look.spread_ratio, 1e-9)) * stretch(look.spread_error)
     health = min(spread_health, look.accuracy_ratio, HEALTHY)
     return health, -max(look.forget_bound, look.excused_bound), look.retained_accuracy, look.step
 
@@ -151,13 +162,14 @@ class Rating:
         yardstick = state.get("yardstick")
         self.yardstick = None if yardstick is None else Yardstick.from_mapping(yardstick, "checkpoint")
 
-    def _see(self, draw: DrawLabel, count: int) -> tuple[float, dict[int, float]]:
+    def _see(self, draw: DrawLabel, count: int) -> tuple[float, Spreads]:
         """Retained accuracy, and the spread of each retained label: one at a time, for images may be large."""
-        right, by_label = [], {}
+        right: list[NDArray[np.bool_]] = []
+        by_label: Spreads = {}
         for label in self.experts.labels.retained:
             images = draw(label, count)
             right.append(self.experts.named(label, images))
-            by_label[label] = spread(images)
+            by_label[label] = spread(images), spread_error(images)
         return float(np.mean(right)), by_label
 
     def _measure(self, step: int, draw: DrawLabel, yardstick: Yardstick) -> Look:
@@ -165,6 +177,7 @@ class Rating:
         # With several forget labels the worst one speaks for all.
         hits = max((int(self.experts.named(label, draw(label, self.samples)).sum()) for label in forget), default=0)
         accuracy, by_label = self._see(draw, self.samples)
+        ratio, error = _least_ratio(by_label, yardstick.spread)
         return Look(
             step=step,
             forget_rate=hits / self.samples,
@@ -172,8 +185,16 @@ class Rating:
             excused_bound=max((excused_bound(self.experts, label, self.samples) for label in forget), default=0.0),
             retained_accuracy=accuracy,
             accuracy_ratio=_ratio(accuracy, yardstick.retained_accuracy),
-            spread_ratio=min(_ratio(value, yardstick.spread[label]) for label, value in by_label.items()),
+            spread_ratio=ratio,
+            spread_error=error,
         )
+
+
+def _least_ratio(seen: Spreads, reference: Spreads) -> tuple[float, float]:
+    """Of the label whose ratio's upper bound is least: the ratio, and its relative standard error."""
+    ratios = [(_ratio(seen[label][0], reference[label][0]), math.hypot(seen[label][1], reference[label][1]))
+              for label in seen]  # fmt: skip
+    return min(ratios, key=lambda ratio: ratio[0] * stretch(ratio[1]))
 
 
 def _ratio(value: float, reference: float) -> float:

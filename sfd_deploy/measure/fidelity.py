@@ -55,10 +55,31 @@ def spread(images: Images) -> float:
     Raises:
         ValueError: fewer than two images.
     """
+    return math.sqrt(2 * float(_from_mean(images).sum()) / (len(images) - 1))
+
+
+def spread_error(images: Images) -> float:
+    """Relative standard error of ``spread``; 0 if all are one image.
+
+    By the delta method: the squared distances of the images to their mean vary from image to image, the spread is
+    the root of their average, and a root halves a relative error.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    distances = _from_mean(images)
+    if not (average := float(distances.mean())):
+        return 0.0
+    return float(distances.std(ddof=1)) / (2 * average * math.sqrt(len(images)))
+
+
+def _from_mean(images: Images) -> NDArray[np.float64]:
+    """Squared distance of each image to the mean of all; (N,)."""
     if len(images) < 2:
         raise ValueError("spread needs at least two images")
     flat = images.reshape(len(images), -1).astype(np.float64)
-    return math.sqrt(2 * float(flat.var(0, ddof=1).sum()))
+    distances: NDArray[np.float64] = np.square(flat - flat.mean(0)).sum(1)
+    return distances
 
 
 def gaussian(features: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

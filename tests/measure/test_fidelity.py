@@ -5,7 +5,7 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import pdist
 
-from sfd_deploy.measure.fidelity import agreement, frechet_distance, gaussian, psnr_db, spread
+from sfd_deploy.measure.fidelity import agreement, frechet_distance, gaussian, psnr_db, spread, spread_error
 
 
 def images(seed: int, n: int, shape: tuple[int, ...] = (1, 6, 6)) -> np.ndarray:
@@ -49,6 +49,21 @@ def test_one_stored_image_has_no_spread():
 def test_spread_does_not_grow_with_the_number_of_images():
     small = np.mean([spread(images(seed, 5)) ** 2 for seed in range(400)])
     assert small == pytest.approx(spread(images(3, 4000)) ** 2, rel=0.02)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.1])
+def test_the_spreads_standard_error_is_how_much_it_varies_from_one_set_to_another(share):
+    """One image in ten, or three, is white, the others black: the spread is the root of p (1 - p), times a constant."""
+    rng = np.random.default_rng(4)
+    sets = [np.repeat((rng.random((200, 1, 1, 1)) < share) * 2.0 - 1, 4, axis=2) for _ in range(2000)]
+    spreads = np.array([spread(one) for one in sets])
+    stated = np.mean([spread_error(one) for one in sets])
+    assert stated == pytest.approx(spreads.std() / spreads.mean(), rel=0.05)
+    assert stated == pytest.approx((1 - 2 * share) / (2 * np.sqrt(200 * share * (1 - share))), rel=0.05)
+
+
+def test_one_stored_image_has_a_spread_without_error():
+    assert spread_error(np.repeat(images(2, 1), 50, axis=0)) == 0.0
 
 
 def test_spread_of_a_single_image_is_refused():

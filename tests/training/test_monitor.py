@@ -171,10 +171,33 @@ def test_a_judge_of_other_classes_is_refused(judge_folder, tmp_path):
         watch(tmp_path, judge_folder, labels=Labels(class_names=("a", "b", "c", "d")))
 
 
+def on_two_backgrounds(seed: int) -> Painter:
+    """Gratings, one in ten of them on another background; latents of its own, so that only luck tells two apart."""
+    rng = np.random.default_rng(seed)
+
+    def paint(z, labels):
+        drawn = gratings(rng.normal(size=z.shape).astype(np.float32), labels)
+        return drawn + 4 * (rng.random((len(z), 1, 1, 1)) < 0.1).astype(np.float32)
+
+    return paint
+
+
+def test_a_generator_that_draws_just_as_the_teacher_is_not_thought_collapsed_by_chance(judge_folder, tmp_path):
+    as_read, by_bound = [], []
+    for seed in range(20):
+        watching = watch(tmp_path, judge_folder, labels=LABELS.plain(), previews=0)
+        watching.teacher = on_two_backgrounds(seed)  # type: ignore[assignment]
+        figures = watching.look(1, on_two_backgrounds(100 + seed))  # type: ignore[arg-type]
+        as_read.append(figures["watch/spread"] >= 0.7)
+        by_bound.append(figures["watch/spread-bound"] >= 0.7)
+    assert np.mean(as_read) < 0.8
+    assert np.mean(by_bound) >= 0.95
+
+
 def look(**changes: float) -> Look:
     values = {
         "step": 1, "forget_rate": 0.0, "forget_bound": 0.05, "excused_bound": 0.05, "retained_accuracy": 0.9,
-        "accuracy_ratio": 1.0, "spread_ratio": 0.95,
+        "accuracy_ratio": 1.0, "spread_ratio": 0.95, "spread_error": 0.0,
     } | changes  # fmt: skip
     return Look.from_mapping(values, "test")
 
@@ -190,6 +213,10 @@ def look(**changes: float) -> Look:
         (look(forget_bound=0.05, retained_accuracy=0.92), look(forget_bound=0.01)),  # within the judge's own error
         (look(step=2), look(step=1)),
         (look(spread_ratio=0.1), look(spread_ratio=0.0)),
+        # 0.68 with an error of 2 % may well be 0.7 (0.68 exp(0.0329) = 0.703); 0.67 is shown to be less (0.692).
+        (look(spread_ratio=0.68, spread_error=0.02, retained_accuracy=0.91), look(spread_ratio=0.99)),
+        (look(spread_ratio=0.99), look(spread_ratio=0.67, spread_error=0.02, retained_accuracy=0.91)),
+        (look(spread_ratio=1.47, spread_error=0.02, retained_accuracy=0.91), look(spread_ratio=0.99)),
     ],
 )  # fmt: skip
 def test_the_rule_puts_health_before_forgetting_before_accuracy(better, worse):
@@ -230,7 +257,9 @@ def test_real_networks_are_looked_at_without_a_trace(judge_folder, tmp_path, mon
     watching = watch(tmp_path, judge_folder)
     watching.teacher = teacher
     figures = watching.look(1, generator)
-    assert set(figures) == {f"watch/{name}" for name in ("forget-rate", "forget-bound", "retained-accuracy", "spread")}
+    assert set(figures) == {
+        f"watch/{name}" for name in ("forget-rate", "forget-bound", "retained-accuracy", "spread", "spread-bound")
+    }
     assert best_step(watching) == 1
     after = [value for net in (teacher, generator) for value in net.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
