@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +32,20 @@ def tiny_workshop(folder: Path, pad_to: int | None = None, device: str = "cpu", 
                                         "precision": precision}, "tiny") for kind in ("plain", "residual")),
         device,
     )  # fmt: skip
+
+
+def calls_to(monkeypatch: pytest.MonkeyPatch, name: str, place: int) -> list[Any]:
+    """Which argument number ``place`` each call of ``name`` has; it runs with "cpu" there."""
+    module, _, function = name.rpartition(".")
+    original: Callable[..., Any] = getattr(sys.modules[module], function)
+    asked: list[Any] = []
+
+    def call(*arguments: Any) -> Any:
+        asked.append(arguments[place])
+        return original(*arguments[:place], "cpu", *arguments[place + 1 :])
+
+    monkeypatch.setattr(name, call)
+    return asked
 
 
 @pytest.fixture(scope="session", autouse=True)

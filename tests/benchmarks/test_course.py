@@ -13,7 +13,7 @@ from sfd_deploy.errors import ConfigError
 from sfd_deploy.models.generator import load_teacher
 from sfd_deploy.runtime.pytorch import GeneratorRuntime
 from sfd_deploy.training.loop import SfdLoop
-from tests.benchmarks.conftest import TINY_SIZES, tiny_workshop
+from tests.benchmarks.conftest import TINY_SIZES, calls_to, tiny_workshop
 
 
 def test_looks_come_as_asked_and_at_the_end_and_are_of_the_very_average_that_an_unwatched_training_ends_with(
@@ -42,6 +42,20 @@ def test_ratios_are_to_the_teacher_on_the_same_latents(tmp_path: Path):
     (look,) = course(task, shop.judges, 2, TINY_SIZES)
     assert row(look, look.found)[-2:] == ["1.00", "1.00"]
     assert row(look, teacher)[-1] == f"{look.found.frechet / teacher.frechet:.2f}"
+
+
+def test_training_and_looks_are_on_the_device_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The GPU is planted: what is asked of it is done on the CPU."""
+    asked = {name: calls_to(monkeypatch, f"benchmarks.course.{name}", place)
+             for name, place in [("ours", 3), ("GeneratorRuntime", 1), ("TeacherRuntime", 2)]}  # fmt: skip
+    waits: list[None] = []
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: waits.append(None))
+    shop = tiny_workshop(tmp_path)
+    task = Task(shop.train_config, shop.labels, load_teacher(shop.teacher(0)), True)
+    teachers_figures(task, shop.judges, TINY_SIZES, device="cuda")
+    looks = list(course(task, shop.judges, 1, TINY_SIZES, device="cuda"))
+    assert asked == {"ours": ["cuda"], "GeneratorRuntime": ["cuda"] * len(looks), "TeacherRuntime": ["cuda"]}
+    assert len(waits) == len(looks) == 2
 
 
 def test_changes_are_read_as_yaml_and_anything_else_is_refused():

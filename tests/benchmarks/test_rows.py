@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +31,7 @@ from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import verify
 from sfd_deploy.runtime import open_runtime
 from sfd_deploy.training.data import LabelledImages
-from tests.benchmarks.conftest import TINY_SIZES, tiny_workshop
+from tests.benchmarks.conftest import TINY_SIZES, calls_to, tiny_workshop
 
 ALL = wanted_rows(",".join(ROWS), 1)
 
@@ -229,20 +227,6 @@ def test_one_command_makes_the_padded_rows_their_picture_and_their_page(tmp_path
     assert all(rows_table.TITLES[name] in table for name in ("teacher", "distilled", "sfd"))
     for name, kind in (("teacher", "teacher"), ("sfd/generator", "generator")):
         assert verify(tmp_path / "out" / "seed-0" / name, kind).facts["image_shape"] == [1, 12, 12]
-
-
-def calls_to(monkeypatch: pytest.MonkeyPatch, name: str, place: int) -> list[Any]:
-    """Which argument number ``place`` each call of ``name`` has; it runs with "cpu" there."""
-    module, _, function = name.rpartition(".")
-    original: Callable[..., Any] = getattr(sys.modules[module], function)
-    asked: list[Any] = []
-
-    def call(*arguments: Any) -> Any:
-        asked.append(arguments[place])
-        return original(*arguments[:place], "cpu", *arguments[place + 1 :])
-
-    monkeypatch.setattr(name, call)
-    return asked
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
