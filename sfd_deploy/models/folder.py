@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sfd_deploy.models.denoiser import Denoiser
 
+MOST_CHANNELS = 4
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 AS_UNET = "save it from diffusers with UNet2DModel.save_pretrained(FOLDER, safe_serialization=True)"
 
@@ -100,9 +101,10 @@ def require_usable(config: dict[str, Any], where: Path) -> dict[str, Any]:
             f"{where}: the network takes no class labels (num_class_embeds), so no class can be forgotten",
             "give a class-conditional model",
         )
-    if config.get("in_channels") != config.get("out_channels"):
+    config = {"in_channels": 3, "out_channels": 3} | config  # what is missing is diffusers' default
+    if config["in_channels"] != config["out_channels"]:
         raise ModelError(
-            f"{where}: {config.get('in_channels')} channels in, {config.get('out_channels')} out: a learned variance",
+            f"{where}: {config['in_channels']} channels in, {config['out_channels']} out: a learned variance",
             "give a model that predicts the mean alone",
         )
     if config.get("time_embedding_type", "positional") != "positional":
@@ -110,9 +112,35 @@ def require_usable(config: dict[str, Any], where: Path) -> dict[str, Any]:
             f"{where}: time_embedding_type is {config['time_embedding_type']}",
             "give a model with positional embeddings",
         )
-    if config.get("sample_size") is None:
-        raise ModelError(f"{where}: its config has no sample_size", "add the image size to config.json")
+    _require_sizes(config, where)
     return config
+
+
+def _require_sizes(config: dict[str, Any], where: Path) -> None:
+    """Refuse a network config whose numbers are none, or those of no image."""
+    size = config.get("sample_size")
+    if size is None:
+        raise ModelError(f"{where}: its config has no sample_size", "add the image size to config.json")
+    sides = [size] if isinstance(size, int) else size if isinstance(size, list) and len(size) == 2 else [None]
+    counts = {
+        "sample_size": sides,
+        "num_class_embeds": [config["num_class_embeds"]],
+        "in_channels": [config["in_channels"]],
+    }
+    for key, values in counts.items():
+        # A bool is an int to Python, and none to a network.
+        if not all(type(value) is int and value > 0 for value in values):
+            raise ModelError(f"{where}: {key} is {config[key]!r}", "mend config.json")
+    if config["in_channels"] > MOST_CHANNELS:
+        raise ModelError(
+            f"{where}: {config['in_channels']} channels, where an image has at most {MOST_CHANNELS}",
+            "give an image model",
+        )
+
+
+def reason_of(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_denoiser(folder: Path, sigma_data: float | None = None) -> Denoiser:
@@ -154,22 +182,32 @@ def _builder(config: Mapping[str, Any], where: Path) -> Callable[[UNet2DModel], 
     if name in {"DDPMScheduler", "DDIMScheduler"}:
         return _discrete_builder(config, where)
     if name == "FlowMatchEulerDiscreteScheduler":
-        return lambda unet: FlowDenoiser(unet, int(config.get("num_train_timesteps", 1000)))
+        timesteps = int(_number(config, "num_train_timesteps", 1000, where))
+        return lambda unet: FlowDenoiser(unet, timesteps)
     if name == "CMStochasticIterativeScheduler":
         # What is missing is diffusers' default.
-        low = float(config.get("sigma_min", 0.002))
-        return lambda unet: EdmDenoiser(unet, float(config.get("sigma_data", 0.5)), sigma_min=low)
+        low, data = _number(config, "sigma_min", 0.002, where, least=0), _number(config, "sigma_data", 0.5, where)
+        return lambda unet: EdmDenoiser(unet, data, sigma_min=low)
     if name in {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}:
         if (predicted := config.get("prediction_type", "epsilon")) != "epsilon":
             raise ModelError(
                 f"{where}: {predicted} on a schedule that does not preserve variance",
                 "v-prediction needs a DDPMScheduler or DDIMScheduler",
             )
-        return lambda unet: EdmDenoiser(unet, float(config.get("sigma_data", 0.5)), timestep_scale=0.25)
+        data = _number(config, "sigma_data", 0.5, where)
+        return lambda unet: EdmDenoiser(unet, data, timestep_scale=0.25)
     raise ModelError(
         f"{where}: scheduler {name} is unknown",
         "save a DDPM, DDIM, EDM Euler or flow-matching Euler scheduler of the schedule that the model was trained on",
     )
+
+
+def _number(config: Mapping[str, Any], key: str, default: float, where: Path, least: float | None = None) -> float:
+    """A scheduler's number, above 0 or at least ``least``."""
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or not (value > 0 if least is None else value >= least):
+        raise ModelError(f"{where}: {key} is {value!r}", "save the scheduler that the model was trained with")
+    return float(value)
 
 
 def _discrete_builder(config: Mapping[str, Any], where: Path) -> Callable[[UNet2DModel], Denoiser]:
@@ -184,7 +222,9 @@ def _discrete_builder(config: Mapping[str, Any], where: Path) -> Callable[[UNet2
     try:
         scheduler = getattr(diffusers, str(config["_class_name"])).from_config(dict(config))
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise ModelError(f"{where}: not a schedule that diffusers makes ({error})", "mend the config") from None
+        raise ModelError(
+            f"{where}: not a schedule that diffusers makes ({reason_of(error)})", "mend the config"
+        ) from None
     return lambda unet: DiscreteDenoiser(unet, scheduler)
 
 
@@ -209,8 +249,7 @@ def read_weights(kind: Any, folder: Path, mend: str, **options: Any) -> Any:
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{folder}: its weights cannot be loaded ({reason})", mend) from None
+        raise ModelError(f"{folder}: its weights cannot be loaded ({reason_of(error)})", mend) from None
     # Both libraries only log these, and leave what is missing at random numbers.
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := found[fault]:

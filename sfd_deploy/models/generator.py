@@ -16,7 +16,7 @@ from sfd_deploy.errors import LabelError, ManifestError, ModelError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.models.denoiser import Denoiser
-from sfd_deploy.models.folder import contiguous, read_denoiser, write_denoiser
+from sfd_deploy.models.folder import contiguous, read_denoiser, reason_of, write_denoiser
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -103,15 +103,21 @@ def load_teacher(sealed: Sealed) -> Denoiser:
 
 @torch.no_grad()
 def require_finite(denoiser: Denoiser, where: Path) -> None:
-    """Refuse a teacher with a weight, or a first image, that is NaN or infinite.
+    """Refuse a teacher with a weight, or a first image, that is NaN or infinite, or that draws none.
 
     Raises:
         ModelError: naming it.
     """
     require_finite_weights(denoiser.unet, where)
     sigma = denoiser.nearest_sigma(1.0)
-    noisy = torch.zeros(1, *image_shape(denoiser.unet))
-    clean = denoiser.eval()(noisy, torch.tensor([sigma]), torch.zeros(1, dtype=torch.int64))
+    shape = image_shape(denoiser.unet)
+    try:
+        clean = denoiser.eval()(torch.zeros(1, *shape), torch.tensor([sigma]), torch.zeros(1, dtype=torch.int64))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{where}: its network draws no image of {' x '.join(map(str, shape))} ({reason_of(error)})",
+            "mend its config.json: each level of a UNet halves the size",
+        ) from None
     if not clean.isfinite().all():
         raise ModelError(f"{where}: non-finite teacher: its prediction at sigma {sigma:.3g} is not a number",
                          "save its weights again, in float32")  # fmt: skip

@@ -87,6 +87,11 @@ def refused(folder: Path) -> str:
         ({"_class_name": "KarrasVeScheduler"}, "scheduler KarrasVeScheduler is unknown"),
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "does not preserve variance"),
         ({"beta_schedule": "wiggly"}, "not a schedule that diffusers makes"),
+        ({"num_train_timesteps": "many"}, "not a schedule that diffusers makes"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": "x"}, "sigma_data is 'x'"),
+        ({"_class_name": "CMStochasticIterativeScheduler", "sigma_data": 0}, "sigma_data is 0"),
+        ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": -1}, "sigma_min is -1"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": [1]}, "num_train_timesteps is [1]"),
     ],
 )
 def test_a_scheduler_that_says_no_parameterisation_is_refused(folder, changes, message):
@@ -103,6 +108,12 @@ def test_a_scheduler_that_says_no_parameterisation_is_refused(folder, changes, m
         ({"out_channels": 2}, "1 channels in, 2 out: a learned variance"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type is fourier"),
         ({"sample_size": None}, "no sample_size"),
+        ({"sample_size": "8"}, "sample_size is '8'"),
+        ({"sample_size": -8}, "sample_size is -8"),
+        ({"sample_size": [8, 8, 8]}, "sample_size is [8, 8, 8]"),
+        ({"num_class_embeds": "x"}, "num_class_embeds is 'x'"),
+        ({"num_class_embeds": True}, "num_class_embeds is True"),
+        ({"in_channels": 5, "out_channels": 5}, "5 channels, where an image has at most 4"),
         ({"num_class_embeds": 4}, "weights"),
         ({"layers_per_block": 2}, "weights"),
         ({"down_block_types": ["DownBlock2D"]}, "weights"),
@@ -155,6 +166,13 @@ def test_weights_and_images_that_are_not_finite_are_refused(folder):
     denoiser.unet.conv_out.bias[0] = torch.nan
     with pytest.raises(ModelError, match=r"non-finite teacher: conv_out\.bias"):
         require_finite(denoiser, folder)
+
+
+def test_a_network_that_cannot_draw_its_own_size_is_one_line_and_no_bug_of_ours(folder):
+    edit(folder / "unet" / "config.json", sample_size=15)  # halved to 8, doubled to 16
+    with pytest.raises(ModelError, match=r"draws no image of 1 x 15 x 15 \(") as caught:
+        require_finite(read_denoiser(folder), folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_only_what_is_read_belongs_to_the_layout(folder):
