@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import LabelError
 
 Override = int | Literal["mixture"]
+
+
+def _name_or_number(value: object) -> object:
+    # YAML reads an unquoted `no` as False, which would pass for class 0.
+    if isinstance(value, bool | float):
+        raise ValueError(f"{value} is neither a class name nor a label; put a name in quotes")
+    return value
+
+
+ClassKey = Annotated[int | str, BeforeValidator(_name_or_number)]
 # In place of one override label: every retained label, weighted by what a classifier sees in the noisy image.
 MIXTURE: Final = "mixture"
+
+
+def require_distinct(names: Sequence[str]) -> None:
+    """Refuse class names that cannot tell classes apart; upper and lower case are one.
+
+    Raises:
+        LabelError: an empty name, or one that is there twice.
+    """
+    folded = [name.strip().casefold() for name in names]
+    for label, name in enumerate(folded):
+        if not name:
+            raise LabelError(f"the name of class {label} is empty", "name every class")
+        if (first := folded.index(name)) != label:
+            raise LabelError(f"classes {first} and {label} are both named {names[label]}", "give each its own name")
 
 
 class Labels(StageConfig):
@@ -24,6 +48,11 @@ class Labels(StageConfig):
 
     class_names: tuple[str, ...]
     forget: dict[int, Override] = Field({})
+
+    @model_validator(mode="after")
+    def names_tell_classes_apart(self) -> Self:
+        require_distinct(self.class_names)
+        return self
 
     @property
     def count(self) -> int:
@@ -51,19 +80,21 @@ class Labels(StageConfig):
         return "a mixture of the retained classes" if override == MIXTURE else self.class_names[override]
 
     def find(self, name: str | int) -> int:
-        """The label of a class name or a number.
+        """The label of a class name or a number; a name is looked for first.
+
+        Classes may be named by numbers that are not their labels: folders 1, 10, 2 are labels 0, 1, 2.
 
         Raises:
             LabelError: unknown name, or a number out of range.
         """
         text = str(name).strip()
+        folded = {known.strip().casefold(): label for label, known in enumerate(self.class_names)}
+        if text.casefold() in folded:
+            return folded[text.casefold()]
         if text.lstrip("-").isdigit():
             if 0 <= int(text) < self.count:
                 return int(text)
             raise LabelError(f"label {text} is out of range", f"use 0 to {self.count - 1}")
-        folded = {known.casefold(): label for label, known in enumerate(self.class_names)}
-        if text.casefold() in folded:
-            return folded[text.casefold()]
         near = difflib.get_close_matches(text.casefold(), list(folded), n=1)
         hint = (
             f"did you mean {self.class_names[folded[near[0]]]}?"

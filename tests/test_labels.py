@@ -12,6 +12,25 @@ def test_names_and_numbers_mean_the_same_label():
     assert LABELS.find("trouser") == LABELS.find("1") == LABELS.find(1) == 1
 
 
+def test_a_class_named_by_a_number_goes_before_the_label_of_that_number():
+    """Folders sort as text, so that 10 is label 1 and 2 is label 2."""
+    numbered = Labels(class_names=("1", "10", "2"))
+    assert [numbered.find(name) for name in ("1", "10", "2", 2, "0")] == [0, 1, 2, 2, 0]
+    assert numbered.forgetting({2: "10"}).forget == {2: 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("bag", "coat", "Bag "), "classes 0 and 2 are both named Bag; give each its own name"),
+        (("bag", " "), "the name of class 1 is empty"),
+    ],
+)
+def test_names_that_tell_no_classes_apart_are_refused(names, message):
+    with pytest.raises(LabelError, match=message):
+        Labels(class_names=names)
+
+
 def test_forgetting_records_the_map_and_what_is_retained():
     found = LABELS.forgetting({"Trouser": "Bag", 0: 3})
     assert found.forget == {1: 3, 0: 3}

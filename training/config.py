@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import ConfigError
-from sfd_deploy.labels import MIXTURE, Labels
+from sfd_deploy.labels import MIXTURE, ClassKey, Labels
 from sfd_deploy.training.conditions import Conditions
 from sfd_deploy.training.monitor import MonitorConfig
 from sfd_deploy.training.precision import AUTO, Precision
@@ -108,7 +108,7 @@ class TrainConfig(LoopConfig):
     init_from: str | None = Field(
         None, description="a run: the generator starts at its generator, the fake score at its fake score"
     )
-    forget: dict[str | int, str | int] = Field(
+    forget: dict[ClassKey, ClassKey] = Field(
         {},
         description="forgotten class → override class, by name or label, or `mixture`; empty: plain distillation, "
         "or with init_from of a run that forgot, more of the same",

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import LabelError
+from sfd_deploy.labels import ClassKey, require_distinct
 
 # In every configuration that the official code ships; it is 2.502 in noise levels of that schedule.
 OFFICIAL_TIMESTEP = 440
@@ -34,7 +35,7 @@ class AdoptConfig(SourceConfig):
     """One that draws from class labels, and what is claimed of it."""
 
     class_names: tuple[str, ...] = Field((), description="in label order; left out: the teacher's, or numbers")
-    forget: dict[str | int, str | int] = Field(
+    forget: dict[ClassKey, ClassKey] = Field(
         {}, description="claimed: forgotten class → its override; the audit tests it"
     )
     image_size: int | None = Field(None, ge=1, description="pixels; asked for where tensors do not tell it")
@@ -64,20 +65,23 @@ def read_class_names(text: str | None) -> tuple[str, ...]:
     """Names from ``a,b,c``, or from a file: one a line, a JSON list, or a JSON object of label → name.
 
     Raises:
-        LabelError: an unreadable file, a gap in the labels, or a name that is empty or there twice.
+        LabelError: a file that is missing, unreadable or empty, a gap in the labels, or a name that is empty or
+            there twice.
     """
     if text is None:
         return ()
-    names = _names_in_file(Path(text)) if Path(text).is_file() else tuple(part.strip() for part in text.split(","))
-    folded = [name.casefold() for name in names]
-    if not all(folded) or len(set(folded)) != len(folded):
-        raise LabelError(f"{text}: a class name is empty or there twice", "name each class once")
+    names = tuple(part.strip() for part in text.split(",")) if "," in text else _names_in_file(Path(text))
+    if not names:
+        raise LabelError(f"{text}: names no class", "write one class name a line")
+    require_distinct(names)
     return names
 
 
 def _names_in_file(path: Path) -> tuple[str, ...]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise LabelError(f"{path}: no such file", "give a file of class names, or at least two with commas") from None
     except (OSError, UnicodeDecodeError):
         raise LabelError(f"{path}: cannot be read as text", "write one class name a line") from None
     if text.lstrip()[:1] not in {"[", "{"}:

@@ -245,9 +245,10 @@ FAULTS: list[tuple[Any, list[str], str]] = [
     (lambda f: None, ["--sigma-init", "3"], "its scheduler starts at sigma 2.5"),
     (lambda f: None, ["--sigma-init", "3", "--timestep", "4"], "give one"),
     (lambda f: None, ["--sigma-init", "-1"], "greater than 0"),
-    (lambda f: None, ["--class-names", "a"], "knows 3 labels, 1 classes are named"),
+    (lambda f: None, ["--class-names", "a"], "a: no such file"),
+    (lambda f: None, ["--class-names", "a" * 500], "cannot be read as text"),
     (lambda f: None, ["--class-names", "a,b,c,d"], "knows 3 labels, 4 classes are named"),
-    (lambda f: None, ["--class-names", "a,b,A"], "there twice"),
+    (lambda f: None, ["--class-names", "a,b,A"], "classes 0 and 2 are both named A"),
     (lambda f: None, ["--forget", "1=1"], "its own override"),
     (lambda f: None, ["--forget", "1"], "is not FORGET=OVERRIDE"),
     (lambda f: None, ["--forget", "1=2", "--forget", "1=0"], "named twice"),
@@ -271,25 +272,28 @@ def test_bad_input_is_refused_in_one_line(
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("names.txt", "circle\nsquare\n\nstar\n"), ("names.json", '["circle", "square", "star"]'),
+    [("names.txt", "circle\nsquare\n\nstar\n"), ("notepad.txt", "\ufeffcircle\r\nsquare\r\nstar\r\n"), ("names.json", '["circle", "square", "star"]'),
      ("labels.json", '{"0": "circle", "2": "star", "1": "square"}')],
 )  # fmt: skip
 def test_class_names_come_from_a_file(pipeline_folder: Path, tmp_path: Path, name: str, content: str):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     arguments = ["adopt", str(pipeline_folder), "-o", str(tmp_path / "run"), "--class-names", str(tmp_path / name)]
     assert exit_code_of(arguments) == 0
     assert Run(tmp_path / "run").generator().facts["labels"]["class_names"] == ["circle", "square", "star"]
 
 
-@pytest.mark.parametrize("content", ["[1", '{"0": "a", "2": "b"}'])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1", "neither a JSON list"), ('{"0": "a", "2": "b"}', "neither a JSON list"), ("\n", "names no class")],
+)
 def test_a_broken_file_of_names_is_refused(
-    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
 ):
     (tmp_path / "names.json").write_text(content)
     arguments = ["adopt", str(pipeline_folder), "-o", str(tmp_path / "run"), "--class-names",
                  str(tmp_path / "names.json")]  # fmt: skip
     assert exit_code_of(arguments) == 2
-    assert "neither a JSON list" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def seal_teacher_folder(folder: Path, shape: tuple[int, int, int] = (1, 16, 16)) -> Path:

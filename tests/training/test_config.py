@@ -30,6 +30,10 @@ def config(**changes: object) -> TrainConfig:
         ({"accumulate": 0}, "`accumulate`"),
         ({"share_generated": True, "accumulate": 2}, "keeps the graphs of all parts"),
         ({"teacher_digest": "abc"}, "`teacher_digest`"),
+        # YAML reads an unquoted `no` as False.
+        ({"forget": {False: "star"}}, "False is neither a class name nor a label; put a name in quotes"),
+        ({"forget": {"square": True}}, "True is neither"),
+        ({"forget": {"square": 1.0}}, "1.0 is neither"),
         ({"forget": {"square": None}}, "override null of square: the unconditional teacher still draws"),
         ({"forget": {"square": "random"}}, "override random of square: a random label per row averages scores"),
     ],
