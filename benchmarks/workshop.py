@@ -20,7 +20,7 @@ from sfd_deploy.progress import log_to
 from sfd_deploy.runs import Run
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.data import LabelledImages
-from sfd_deploy.training.judge import JudgeConfig, load_judged, seal_judge, train_judge
+from sfd_deploy.training.judge import JudgeConfig, make_judge
 from sfd_deploy.training.precision import settled
 from sfd_deploy.training.stage import train
 from sfd_deploy.training.teacher import TeacherConfig, seal_teacher, train_teacher
@@ -79,11 +79,7 @@ class Workshop:
         config, kind = settled(config, self.device), config.classifier.architecture
         target = self.folder / "judges" / kind
         if not (target / MANIFEST).is_file():
-            work = target.with_name(f"{kind}.work")
-            data, held_out = (load_judged(config, self.images, split) for split in ("train", "test"))
-            with log_to(work / "train.log"):
-                classifier = train_judge(config, data, work / "checkpoint.safetensors", self.device)
-            seal_judge(config, classifier, held_out, target, self.images.name)
+            make_judge(config, self.images, target, self.device)
         return target
 
     def teacher(self, seed: int) -> Sealed:

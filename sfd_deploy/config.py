@@ -7,6 +7,7 @@ are one-line ``ConfigError``s.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -22,7 +23,7 @@ PRESETS = "sfd_deploy.presets"
 class StageConfig(BaseModel):
     """Base of every stage's config: frozen, closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
     def resolved(self) -> dict[str, Any]:
         """The config as plain JSON values, as manifests record it."""
@@ -48,6 +49,12 @@ class StageConfig(BaseModel):
         return cls.from_mapping(*read_values(name_or_file, stage))
 
 
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 5) -> str:
+    """The keys at which two configs differ, in words: "alpha, seed and 3 more"; empty if they are the same."""
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
 def preset_names(stage: str) -> list[str]:
     """Names of the presets shipped for a stage."""
     folder = resources.files(PRESETS) / stage
@@ -64,7 +71,7 @@ def read_values(name_or_file: str, stage: str) -> tuple[Any, str]:
     try:
         repeated = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader), set())
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2020-13-45 is a ValueError, [[[[… the other
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
         raise ConfigError(f"{source}:{line} is not valid YAML", "mend the syntax there") from None
@@ -127,7 +134,9 @@ def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> Co
         return ConfigError(f"{source}: key `{path}` is missing", f"add `{path}`")
     message = first["msg"].removeprefix("Value error, ")
     where = f"`{path}`: " if path else ""
-    return ConfigError(f"{source}: {where}{message}", f"found {first['input']!r}"[:160])
+    # A whole mapping as what was found says nothing.
+    found = "mend it there" if isinstance(first["input"], dict) else f"found {first['input']!r}"
+    return ConfigError(f"{source}: {where}{message}", found[:160])
 
 
 def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

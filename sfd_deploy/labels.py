@@ -17,7 +17,8 @@ Override = int | Literal["mixture"]
 def _name_or_number(value: object) -> object:
     # YAML reads an unquoted `no` as False, which would pass for class 0.
     if isinstance(value, bool | float):
-        raise ValueError(f"{value} is neither a class name nor a label; put a name in quotes")
+        # pydantic reports no TypeError.
+        raise ValueError(f"{value} is neither a class name nor a label; put a name in quotes")  # noqa: TRY004
     return value
 
 

@@ -119,6 +119,26 @@ def write_manifest(
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """What a folder's manifest says; its files are not looked at.
+
+    Raises:
+        ManifestError: no manifest, or an unreadable one.
+    """
+    return _read(folder)[1]
+
+
+def _read(folder: Path) -> tuple[bytes, Manifest]:
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+        return raw, Manifest.model_validate_json(raw)
+    except FileNotFoundError:
+        raise ManifestError(f"{folder}: no {MANIFEST}", "give a folder that sfd-deploy wrote") from None
+    except (OSError, ValidationError):
+        raise ManifestError(f"{path}: unreadable or damaged", "make the folder again with its stage") from None
+
+
 def verify(folder: Path, kind: Kind | None = None) -> Sealed:
     """Check every file of a sealed folder against its manifest.
 
@@ -126,14 +146,7 @@ def verify(folder: Path, kind: Kind | None = None) -> Sealed:
         ManifestError: no manifest, an unreadable one, another kind, a missing or an unlisted file.
         DigestError: a file's bytes changed.
     """
-    path = folder / MANIFEST
-    try:
-        raw = path.read_bytes()
-        manifest = Manifest.model_validate_json(raw)
-    except FileNotFoundError:
-        raise ManifestError(f"{folder}: no {MANIFEST}", "give a folder that sfd-deploy wrote") from None
-    except (OSError, ValidationError):
-        raise ManifestError(f"{path}: unreadable or damaged", "make the folder again with its stage") from None
+    raw, manifest = _read(folder)
     if kind is not None and manifest.kind != kind:
         raise ManifestError(f"{folder}: is a {manifest.kind}, not a {kind}", f"give a {kind} folder")
     for name, record in manifest.files.items():

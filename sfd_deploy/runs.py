@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sfd_deploy.errors import ManifestError, RunError
-from sfd_deploy.manifest import MANIFEST, Kind, Parent, Sealed, verify, write_manifest
+from sfd_deploy.manifest import MANIFEST, Kind, Parent, Sealed, read_manifest, verify, write_manifest
 
 RUNS = Path("runs")
 
@@ -36,18 +36,18 @@ def sealed_folder(
 ) -> Iterator[Path]:  # fmt: skip
     """Yield a temporary folder that becomes ``target``, manifest included, when the block succeeds.
 
-    ``facts`` may be a dict that the block still fills. An earlier ``target`` is replaced at the end.
+    ``facts`` may be a dict that the block still fills. An earlier ``target`` of the same kind is replaced at the end.
 
     Raises:
-        RunError: no permission or space; nothing is left behind.
+        RunError: no permission or space, or ``require_room`` refuses; nothing is left behind.
     """
+    require_room(target, kind)
     temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
-        temporary.chmod(0o755)
+        temporary = _beside(target)
         yield temporary
         write_manifest(temporary, kind, target.name, parents=parents, config=config or {}, seed=seed, facts=facts or {})
+        require_room(target, kind)
         _publish(temporary, target)
     except OSError as error:
         if error.errno in {
@@ -68,12 +68,40 @@ def sealed_folder(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_room(target: Path, kind: Kind) -> None:
+    """Refuse a ``target`` that holds anything but an earlier sealed folder of ``kind``: it would be replaced.
+
+    Long work asks before it begins.
+
+    Raises:
+        RunError: a file, a folder of somebody else's, or one of ours of another kind.
+    """
+    if target.is_dir():
+        try:
+            found = read_manifest(target).kind if any(target.iterdir()) else kind
+        except ManifestError:
+            raise RunError(f"{target}: exists and is not one of ours", "choose another folder or remove it") from None
+        if found != kind:
+            raise RunError(f"{target}: holds a {found}, and a {kind} would replace it", "choose another folder")
+    elif target.exists():
+        raise RunError(f"{target}: is a file, and a folder is to be written", "choose another name")
+
+
+def _beside(target: Path) -> Path:
+    """A new folder next to ``target``, which it can be renamed to."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
+        folder.chmod(0o755)
+    except OSError as error:
+        raise RunError(f"{target}: cannot be written ({error.strerror})", "choose a writable folder") from None
+    return folder
+
+
 def _publish(temporary: Path, target: Path) -> None:
     for path in [*temporary.rglob("*"), temporary]:
         _fsync(path)
     if target.exists():
-        if not (target / MANIFEST).is_file() and any(target.iterdir()):
-            raise RunError(f"{target}: exists and is not one of ours", "choose another folder or remove it")
         retired = temporary.with_suffix(".old")
         os.rename(target, retired)
         os.rename(temporary, target)

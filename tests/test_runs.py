@@ -9,7 +9,7 @@ import pytest
 
 from sfd_deploy.errors import DigestError, ManifestError, RunError
 from sfd_deploy.manifest import MANIFEST, verify
-from sfd_deploy.runs import Run, sealed_folder, write_json
+from sfd_deploy.runs import Run, require_room, sealed_folder, write_json
 from tests.conftest import seal_tiny_run
 
 
@@ -39,6 +39,28 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path):
     assert (tmp_path / "thing" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_folder_of_another_kind_is_never_replaced(tmp_path: Path):
+    with sealed_folder(tmp_path / "thing", "teacher"):
+        pass
+    with pytest.raises(RunError, match="holds a teacher, and a judge would replace it"):
+        require_room(tmp_path / "thing", "judge")
+    with pytest.raises(RunError, match="holds a teacher"), sealed_folder(tmp_path / "thing", "judge"):
+        pytest.fail("worked for nothing")
+    assert verify(tmp_path / "thing", "teacher")
+
+
+def test_room_is_an_empty_folder_or_one_of_the_same_kind(tmp_path: Path):
+    require_room(tmp_path / "none", "judge")
+    (tmp_path / "empty").mkdir()
+    require_room(tmp_path / "empty", "judge")
+    with sealed_folder(tmp_path / "judge", "judge"):
+        pass
+    require_room(tmp_path / "judge", "judge")
+    (tmp_path / "judge" / MANIFEST).write_text("{}")
+    with pytest.raises(RunError, match="not one of ours"):
+        require_room(tmp_path / "judge", "judge")
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_full_or_forbidden_disk_is_one_line_and_leaves_nothing(tmp_path: Path, code: int):
     with pytest.raises(RunError, match=os.strerror(code)), sealed_folder(tmp_path / "thing", "artefact") as folder:
@@ -50,6 +72,13 @@ def test_a_full_or_forbidden_disk_is_one_line_and_leaves_nothing(tmp_path: Path,
 def test_a_file_in_the_way_is_one_line(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"), sealed_folder(tmp_path / "file" / "thing", "artefact"):
+        pass
+    with pytest.raises(RunError, match="is a file, and a folder is to be written"):
+        require_room(tmp_path / "file", "artefact")
+
+
+def test_a_place_where_no_folder_can_be_is_one_line():
+    with pytest.raises(RunError, match=r"/proc/thing: cannot be written"), sealed_folder(Path("/proc/thing"), "judge"):
         pass
 
 

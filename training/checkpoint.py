@@ -1,12 +1,13 @@
 """Checkpoints: networks, optimisers and the step in one safetensors file, written atomically, bound to a config.
 
 No pickle: optimiser state is flattened to tensors. The file is replaced only when the new one is
-complete on disk, so a kill at any moment leaves the previous checkpoint. Tensors are whole, so that a
-training goes on over another number of processes than it was saved from.
+complete on disk, so a kill at any moment leaves the previous checkpoint; what is in it is hashed. Tensors are
+whole, so that a training goes on over another number of processes than it was saved from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sfd_deploy.config import differing
 from sfd_deploy.errors import ConfigError, ManifestError, RunError
 from sfd_deploy.training.distributed import laid_out_as, load_whole_state, whole, whole_state
 
@@ -52,6 +54,7 @@ class Checkpoint:
             return
         temporary = self.file.with_suffix(".writing")
         metadata = {"step": str(step), "config": self.config, "notes": json.dumps(notes)}
+        metadata["sha256"] = _sha256(tensors, metadata)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata=metadata)
@@ -74,21 +77,23 @@ class Checkpoint:
         """Load everything back; returns the step and the notes, (0, {}) when there is no checkpoint.
 
         Raises:
-            ManifestError: the file is damaged.
+            ManifestError: the file is damaged, or is no checkpoint.
             ConfigError: it belongs to another config.
         """
         if not self.file.exists():
             return 0, {}
         try:
             with safe_open(self.file, framework="pt") as handle:
-                metadata = handle.metadata()
+                metadata = handle.metadata() or {}
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError):
-            raise ManifestError(f"{self.file}: damaged checkpoint", "delete it and train again") from None
+            raise _unusable(self.file) from None
+        if metadata.pop("sha256", None) != _sha256(tensors, metadata):
+            raise _unusable(self.file)
         if metadata["config"] != self.config:
-            changed = _changed_keys(json.loads(metadata["config"]), json.loads(self.config))
+            changed = differing(json.loads(metadata["config"]), json.loads(self.config))
             raise ConfigError(
-                f"{self.file}: checkpoint of another config ({', '.join(changed)} differ)",
+                f"{self.file}: checkpoint of another config ({changed} differ)",
                 "resume with the config it was started with, or train into a new folder",
             )
         for name, network in self.networks.items():
@@ -113,5 +118,14 @@ def _restore_optimiser(optimiser: Optimizer, tensors: Mapping[str, Tensor]) -> N
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def _changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+def _sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Hex sha256 of all that is saved: safetensors itself would not notice a flipped bit."""
+    found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _unusable(file: Path) -> ManifestError:
+    return ManifestError(f"{file}: not a checkpoint, or damaged", "delete it and train again")

@@ -6,8 +6,11 @@ Only teachers and judges read data; score forgetting distillation reads none.
 from __future__ import annotations
 
 import gzip
+import hashlib
+import json
 import struct
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,17 +19,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from sfd_deploy.config import StageConfig
-from sfd_deploy.errors import DataError
+from sfd_deploy.config import StageConfig, differing
+from sfd_deploy.errors import DataError, RunError
+from sfd_deploy.labels import require_distinct
+from sfd_deploy.manifest import MANIFEST, Kind, read_manifest
+from sfd_deploy.runs import require_room
 
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 DIGITS = "digits"
 DIGITS_MAX = 16  # grey levels of the 8x8 digits are counts of set pixels in 4x4 blocks
 DIGITS_HELD_OUT_EVERY = 5
+WATCHED = frozenset({"monitor"})
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,19 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of what ``batch`` gives."""
+        return self.images.shape[1:]
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of images, labels and class names: which data a checkpoint and a sealed folder belong to."""
+        found = hashlib.sha256(json.dumps([self.class_names, self.images.shape]).encode())
+        for values in (self.images, self.labels):
+            found.update(np.ascontiguousarray(values))
+        return found.hexdigest()
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images float32 in [-1, 1] (B, C, H, W) and labels int64 (B,) at ``rows``."""
@@ -64,11 +84,17 @@ class ImagesConfig(StageConfig):
     """How labelled images are read, for what is trained on them."""
 
     class_names: tuple[str, ...] = Field(
-        (), description="names in label order; empty: from the data's folders, or numbers"
+        (), description="names in label order, of class folders too; empty: the folders' in order, or numbers"
     )
     pad_to: int | None = Field(
         None, ge=8, description="images are centred on black pixels of this height and width first"
     )
+
+    @field_validator("class_names")
+    @classmethod
+    def names_must_tell_classes_apart(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        require_distinct(value)
+        return value
 
     def resolved(self) -> dict[str, Any]:
         """As of any config, but without a ``pad_to`` of None: what was bound to older configs is still of this one."""
@@ -85,13 +111,39 @@ class ImagesConfig(StageConfig):
         return data if self.pad_to is None else data.padded(self.pad_to)
 
 
+def bound_to(config: StageConfig, data: LabelledImages, free: Collection[str] = WATCHED) -> dict[str, Any]:
+    """What a training may only go on with: its config, less the keys that change no weight, and its data."""
+    return {key: value for key, value in config.resolved().items() if key not in free} | {"data": data.digest}
+
+
+def require_unmade(
+    target: Path, kind: Kind, config: StageConfig, data: LabelledImages, free: Collection[str] = WATCHED
+) -> None:
+    """Refuse, before long work, to replace anything but an earlier folder of this very config and data.
+
+    Raises:
+        RunError: naming what differs.
+    """
+    require_room(target, kind)
+    if not (target / MANIFEST).is_file():
+        return
+    made = read_manifest(target)
+    earlier = {key: value for key, value in made.config.items() if key not in free}
+    if changed := differing(earlier | {"data": made.facts.get("data_digest")}, bound_to(config, data, free)):
+        raise RunError(
+            f"{target}: holds a {kind} of another config or data ({changed} differ)",
+            "choose another --output, or remove it",
+        )
+
+
 def load_images(source: Path, split: str, class_names: tuple[str, ...] = ()) -> LabelledImages:
     """Read ``split`` ("train" or "test") of a data set.
 
     ``source`` holds the four IDX files (``train-images-idx3-ubyte[.gz]``, ``t10k-…``), or
     ``source/<split>/<class name>/*.png``, or class sub-folders alone, of which every tenth image
-    (by name) is the test split. ``digits``, where no folder has that name, is scikit-learn's own copy
-    of the 8x8 digits, of which every fifth image of each class is the test split.
+    (by name) is the test split. Folders are labelled in the order of ``class_names``, or of their own names.
+    ``digits``, where no folder has that name, is scikit-learn's own copy of the 8x8 digits, of which every
+    fifth image of each class is the test split.
 
     Raises:
         DataError: naming the missing, truncated or contradictory file, or the package that is missing.
@@ -106,7 +158,7 @@ def load_images(source: Path, split: str, class_names: tuple[str, ...] = ()) -> 
         if labels_file is None:
             raise DataError(f"{source}: {prefix}-labels-idx1-ubyte is missing", "add the label file beside the images")
         return _read_idx(images_file, labels_file, class_names)
-    return _read_folders(source, split)
+    return _read_folders(source, split, class_names)
 
 
 def load_held_out(source: Path, class_names: tuple[str, ...] = ()) -> LabelledImages:
@@ -116,7 +168,7 @@ def load_held_out(source: Path, class_names: tuple[str, ...] = ()) -> LabelledIm
         DataError: as ``load_images``.
     """
     if source.is_dir() and not (source / "test").is_dir() and _idx_file(source, "t10k-images-idx3-ubyte") is None:
-        return _read_folders(source, None)
+        return _read_folders(source, None, ())
     return load_images(source, "test", class_names)
 
 
@@ -150,6 +202,8 @@ def _read_idx(images_file: Path, labels_file: Path, class_names: tuple[str, ...]
     labels = _idx_array(labels_file, IDX_LABELS, dimensions=1).astype(np.int64)
     if len(images) != len(labels):
         raise DataError(f"{images_file}: {len(images)} images but {len(labels)} labels", "use files of one split")
+    if not images.size:
+        raise DataError(f"{images_file}: holds no pixel", "give a file with images")
     names = class_names or tuple(str(label) for label in range(int(labels.max()) + 1))
     if int(labels.max()) >= len(names):
         raise DataError(f"{labels_file}: label {labels.max()} but {len(names)} class names", "name every class")
@@ -170,14 +224,25 @@ def _idx_array(path: Path, magic: int, dimensions: int) -> NDArray[np.uint8]:
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
-def _read_folders(source: Path, split: str | None) -> LabelledImages:
-    has_splits = split is not None and (source / split).is_dir()
-    root = source / str(split) if has_splits else source
+def _class_folders(root: Path, class_names: tuple[str, ...]) -> list[Path]:
+    """The sub-folders in label order."""
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     if not folders:
         raise DataError(
             f"{root}: neither IDX files nor class sub-folders", "lay images out as <class name>/<image>.png"
         )
+    if not class_names:
+        return folders
+    names = {folder.name for folder in folders}
+    for what, missing in (("is no class", names - set(class_names)), ("has no folder", set(class_names) - names)):
+        if missing:
+            raise DataError(f"{root}: {min(missing)} {what}", "name every class folder as it is spelt, and no other")
+    return [root / name for name in class_names]
+
+
+def _read_folders(source: Path, split: str | None, class_names: tuple[str, ...]) -> LabelledImages:
+    has_splits = split is not None and (source / split).is_dir()
+    folders = _class_folders(source / str(split) if has_splits else source, class_names)
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
@@ -197,7 +262,9 @@ def _read_folders(source: Path, split: str | None) -> LabelledImages:
 def _read_image(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if image.mode in {"L", "1", "I;16"} else "RGB"))
+            if image.mode[0] in "IF":  # Pillow would clip their values to 255: white
+                raise DataError(f"{path}: more than 8 bits a channel", "save it with 8 bits a channel")
+            pixels = np.asarray(image.convert("L" if image.mode in {"L", "1"} else "RGB"))
     except (OSError, UnidentifiedImageError):
         raise DataError(f"{path}: not a readable image", "replace or remove the file") from None
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -6,7 +6,6 @@ over several processes, has ``loop`` and ``course``.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sfd_deploy.config import StageConfig
-from sfd_deploy.errors import DivergedError
 from sfd_deploy.models.network import Ema
 from sfd_deploy.runtime.seam import Images
 from sfd_deploy.training.checkpoint import Checkpoint
@@ -27,7 +25,7 @@ from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
 from sfd_deploy.training.precision import AUTO, Precision, autocast
 from sfd_deploy.training.previews import MOST_PER_LABEL, save_preview
 from sfd_deploy.training.schedule import linear_decay
-from sfd_deploy.training.steps import run_steps, say_estimate
+from sfd_deploy.training.steps import finite, require_finite_weights, run_steps, say_estimate
 from sfd_deploy.training.tensorboard import Scalars
 
 RECORD_EVERY = 10
@@ -100,9 +98,7 @@ class Training(ABC):
             group["lr"] = learning_rate_at(step, self.pace)
         with autocast(self.device, self.pace.precision):
             loss = self.loss(step, rows or self.pace.batch_size)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise DivergedError(f"{self.task} loss is {value} at step {step}", "lower `learning_rate`")
+        value = finite(loss, self.task, step)
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -120,7 +116,7 @@ def train_to_end(
 
     Raises:
         ConfigError, ManifestError: the checkpoint is of another config, or damaged.
-        DivergedError: the loss is not finite.
+        DivergedError: the loss, or a weight at the end, is not finite.
         MemoryLimitError: the batch does not fit, with the one that would.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
@@ -139,6 +135,7 @@ def train_to_end(
         if not is_out_of_memory(error):
             raise
     else:
+        require_finite_weights(task, training.networks)
         return
     # Outside the handler: the traceback there would keep the tensors that did not fit alive.
     raise _too_large(training)

@@ -10,14 +10,17 @@ from pydantic import Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sfd_deploy.errors import DataError
 from sfd_deploy.manifest import Sealed, verify
 from sfd_deploy.measure.judges import WEIGHTS, Classifier, ClassifierConfig
 from sfd_deploy.measure.sealing import measure_judge
+from sfd_deploy.progress import log_to
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.training.checkpoint import Checkpoint
-from sfd_deploy.training.data import ImagesConfig, LabelledImages
+from sfd_deploy.training.data import ImagesConfig, LabelledImages, bound_to, require_unmade
+from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
 from sfd_deploy.training.precision import AUTO, Precision, autocast
-from sfd_deploy.training.steps import run_steps, say_estimate
+from sfd_deploy.training.steps import finite, require_finite_weights, run_steps, say_estimate
 from sfd_deploy.training.streams import stream
 from sfd_deploy.training.text_teacher.coloured import ColouredImages, load_coloured
 
@@ -58,6 +61,43 @@ class JudgeConfig(ImagesConfig):
         if self.coloured and self.classifier.channels != 3:
             raise ValueError(f"coloured images have 3 channels, the classifier {self.classifier.channels}")
         return self
+
+
+def make_judge(config: JudgeConfig, source: Path, target: Path, device: str = "cpu") -> Sealed:
+    """Train a judge on the images in ``source`` and seal it as ``target``; resumes from ``target``.work.
+
+    Raises:
+        DataError, RunError: as ``load_both`` and ``require_unmade``, before the first step.
+        DivergedError, LimitError, …: as ``train_judge`` and ``seal_judge``.
+    """
+    train, held_out = load_both(config, source)
+    require_unmade(target, "judge", config, train)
+    work = target.with_name(f"{target.name}.work")
+    with log_to(work / "train.log"):
+        classifier = train_judge(config, train, work / "checkpoint.safetensors", device)
+    return seal_judge(config, classifier, train, held_out, target, source.name)
+
+
+def load_both(config: JudgeConfig, source: Path) -> tuple[LabelledImages, LabelledImages]:
+    """What a judge is trained on, and the held-out images that it is measured on.
+
+    Raises:
+        DataError: as ``load_judged``; the splits are of different classes; or images that do not fit the classifier.
+    """
+    train, held_out = (load_judged(config, source, split) for split in ("train", "test"))
+    if train.class_names != held_out.class_names:
+        ours, theirs = (", ".join(data.class_names) for data in (train, held_out))
+        raise DataError(
+            f"{source}: classes to train on are {ours}, held-out ones {theirs}", "give both splits the same classes"
+        )
+    classifier, halvings = config.classifier, len(config.classifier.widths) - 1
+    channels, *sides = train.shape
+    if channels != classifier.channels:
+        raise DataError(f"{source}: images have {channels} channels, the classifier {classifier.channels}",
+                        "set `classifier.channels`")  # fmt: skip
+    if min(sides) < 2**halvings:
+        raise DataError(f"{source}: {min(sides)} pixels cannot be halved {halvings} times", "give fewer `widths`")
+    return train, held_out
 
 
 def load_judged(config: JudgeConfig, source: Path, split: str) -> LabelledImages:
@@ -109,7 +149,9 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
     """Train to the end, resuming from ``checkpoint_file`` if it is there.
 
     Raises:
-        ConfigError, ManifestError: the checkpoint is of another config, or damaged.
+        ConfigError, ManifestError: the checkpoint is of another config or data, or damaged.
+        DivergedError: the loss, or a weight at the end, is not finite.
+        MemoryLimitError: the batch does not fit.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
     torch.manual_seed(config.seed)
@@ -118,7 +160,7 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
     optimiser = torch.optim.AdamW(
         classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    checkpoint = Checkpoint(checkpoint_file, {"net": classifier}, {"adam": optimiser}, config.resolved())
+    checkpoint = Checkpoint(checkpoint_file, {"net": classifier}, {"adam": optimiser}, bound_to(config, train))
     step, _ = checkpoint.restore()
     total = config.epochs * steps_per_epoch(config, train)
     rates = one_cycle(config.learning_rate, total)
@@ -130,14 +172,22 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
         with autocast(device, config.precision):
             logits = classifier(images)
         loss = loss_of(logits.float(), labels)
+        value = finite(loss, "judge", step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.param_groups[0]["lr"] = rates[step]
         optimiser.step()
-        return f"loss {loss.item():.4f}"
+        return f"loss {value:.4f}"
 
-    say_estimate("judge", iterate, total - step, [classifier], [optimiser], device)
-    run_steps("judge", step, total, iterate, lambda done: checkpoint.save(done, {}), CHECKPOINT_EVERY)
+    try:
+        say_estimate("judge", iterate, total - step, [classifier], [optimiser], device)
+        run_steps("judge", step, total, iterate, lambda done: checkpoint.save(done, {}), CHECKPOINT_EVERY)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(f"out of memory on {device} with a batch of {config.batch_size}",
+                               "lower `batch_size`; the checkpoint is kept") from None  # fmt: skip
+    require_finite_weights("judge", [classifier])
     classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return classifier.eval()
 
@@ -160,9 +210,10 @@ def training_batch(config: JudgeConfig, train: LabelledImages, step: int) -> tup
 
 
 def seal_judge(
-    config: JudgeConfig, classifier: Classifier, held_out: LabelledImages, target: Path, data_name: str
-) -> Sealed:
-    """Measure a trained judge on held-out real images and seal it.
+    config: JudgeConfig, classifier: Classifier, train: LabelledImages, held_out: LabelledImages, target: Path,
+    data_name: str,
+) -> Sealed:  # fmt: skip
+    """Measure a judge that was trained on ``train`` on held-out real images and seal it.
 
     Raises:
         DataError: a class without two images.
@@ -170,7 +221,8 @@ def seal_judge(
     """
     measured = measure_judge(classifier.to("cpu"), held_out, held_out.class_names)
     measured.require(config.min_accuracy, "train longer or wider")
-    facts = {"classifier": config.classifier.resolved(), "data": data_name, **measured.facts}
+    facts = {"classifier": config.classifier.resolved(), "data": data_name, "data_digest": train.digest,
+             **measured.facts}  # fmt: skip
     with sealed_folder(target, "judge", config=config.resolved(), seed=config.seed, facts=facts) as folder:
         save_file(classifier.state_dict(), folder / WEIGHTS)
         measured.write(folder)

@@ -17,7 +17,7 @@ from sfd_deploy.manifest import MANIFEST, Sealed, verify
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator, image_shape, load_teacher, save_generator, save_teacher
 from sfd_deploy.progress import log_to
-from sfd_deploy.runs import Run, sealed_folder, write_json
+from sfd_deploy.runs import Run, require_room, sealed_folder, write_json
 from sfd_deploy.runtime.pytorch import torch_device
 from sfd_deploy.training.config import LoopConfig, TrainConfig
 from sfd_deploy.training.course import Course
@@ -75,6 +75,8 @@ def carry_out(
     """
     if (run.folder / "generator" / MANIFEST).is_file():
         return _finished(run, config, inputs)
+    require_room(run.folder / "generator", "generator")
+    require_room(run.folder / FAKE_SCORE, FAKE_SCORE)
     workers = Workers.here(torch_device(device))
     with log_to(run.work / "train.log") if workers.is_main else nullcontext():
         course = prepare(workers)

@@ -5,12 +5,14 @@ For teachers and judges; score forgetting distillation, over several processes, 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sfd_deploy.errors import DivergedError
 from sfd_deploy.progress import LOGGER, progress_bar, stderr_console
 from sfd_deploy.training.estimate import estimate
 from sfd_deploy.training.interrupt import interrupt_between_steps
@@ -34,6 +36,28 @@ def say_estimate(
         return
     LOGGER.info("%s: %s", task, found)
     stderr_console().print(f"{task}: {found}", highlight=False)
+
+
+def finite(loss: Tensor, task: str, step: int) -> float:
+    """A loss as a number.
+
+    Raises:
+        DivergedError: it is none.
+    """
+    value = loss.item()
+    if not math.isfinite(value):
+        raise DivergedError(f"{task} loss is {value} at step {step}", "lower `learning_rate`")
+    return value
+
+
+def require_finite_weights(task: str, networks: Iterable[nn.Module]) -> None:
+    """Refuse to go on with networks that the last step spoilt, which no loss has seen.
+
+    Raises:
+        DivergedError: a weight or statistic that is not finite.
+    """
+    if not all(value.isfinite().all() for network in networks for value in network.state_dict().values()):
+        raise DivergedError(f"{task}: weights are not finite after the last step", "lower `learning_rate`")
 
 
 def run_steps(

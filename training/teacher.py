@@ -24,7 +24,7 @@ from sfd_deploy.progress import progress_bar
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.runtime.pytorch import TeacherRuntime
 from sfd_deploy.runtime.seam import Images
-from sfd_deploy.training.data import ImagesConfig, LabelledImages
+from sfd_deploy.training.data import ImagesConfig, LabelledImages, bound_to
 from sfd_deploy.training.frame import MonitorConfig, PaceConfig, Training, total_steps, train_to_end
 from sfd_deploy.training.previews import QUICK_SAMPLER, device_of, draw_by_label
 from sfd_deploy.training.streams import stream
@@ -65,14 +65,10 @@ def train_teacher(
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
     shape = (config.network.channels, config.network.image_size, config.network.image_size)
-    if data.images.shape[1:] != shape:
-        raise DataError(
-            f"images are {data.images.shape[1:]}, the network wants {shape}", "mend `network` in the config"
-        )
+    if data.shape != shape:
+        raise DataError(f"images are {data.shape}, the network wants {shape}", "mend `network` in the config")
     training = TeacherTraining(config, data, device)
-    # What is watched changes no weight: a training goes on with other previews.
-    bound = {key: value for key, value in config.resolved().items() if key != "monitor"}
-    train_to_end(training, checkpoint_file, bound, config.monitor, CHECKPOINT_EVERY)
+    train_to_end(training, checkpoint_file, bound_to(config, data), config.monitor, CHECKPOINT_EVERY)
     return training.averaged
 
 
@@ -149,6 +145,7 @@ def seal_teacher(
         "image_shape": list(image_shape(denoiser.unet)),
         "sampler": SamplerConfig().resolved(),
         "data": data_name,
+        "data_digest": data.digest,
         "images_seen": total_steps(config) * config.batch_size,
         "label_agreement": label_agreement(denoiser, labels, judges, per_label),
         "judge_accuracy_on_real_images": {judge.name: judge.accuracy for judge in judges},

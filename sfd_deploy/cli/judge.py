@@ -42,18 +42,12 @@ def judge(
 
 
 def _train(config: str, data: Path, output: Path, device: str) -> Sealed:
-    from sfd_deploy.progress import log_to
     from sfd_deploy.runtime.pytorch import torch_device
-    from sfd_deploy.training.judge import JudgeConfig, load_judged, seal_judge, train_judge
+    from sfd_deploy.training.judge import JudgeConfig, make_judge
     from sfd_deploy.training.precision import settled
 
     where = torch_device(device)
-    parsed = settled(JudgeConfig.load(config, "judge"), where)
-    train, held_out = (load_judged(parsed, data, split) for split in ("train", "test"))
-    work = output.with_name(f"{output.name}.work")
-    with log_to(work / "train.log"):
-        classifier = train_judge(parsed, train, work / "checkpoint.safetensors", where)
-    return seal_judge(parsed, classifier, held_out, output, data.name)
+    return make_judge(settled(JudgeConfig.load(config, "judge"), where), data, output, where)
 
 
 def _adopt(config: str, source: Path, data: Path, output: Path) -> Sealed:

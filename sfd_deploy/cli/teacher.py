@@ -61,9 +61,13 @@ def teacher(
 def _of_classes(
     config: TeacherConfig, data: Path, output: Path, work: Path, judges: Sequence[Judge], device: str
 ) -> tuple[Sealed, dict[str, float]]:
+    from sfd_deploy.measure.judges import require_same_classes
+    from sfd_deploy.training.data import require_unmade
     from sfd_deploy.training.teacher import seal_teacher, train_teacher
 
     images = config.read(data, "train")
+    require_same_classes(judges, images.class_names, "the teacher")  # not after half an hour
+    require_unmade(output, "teacher", config, images)
     denoiser = train_teacher(config, images, work / "checkpoint.safetensors", device)
     sealed = seal_teacher(config, denoiser, images, output, data_name=data.name, judges=judges)
     return sealed, sealed.facts["label_agreement"]
@@ -72,10 +76,14 @@ def _of_classes(
 def _of_text(
     config: TextTeacherConfig, data: Path, output: Path, work: Path, judges: Sequence[Judge], device: str
 ) -> tuple[Sealed, dict[str, float]]:
+    from sfd_deploy.training.data import require_unmade
     from sfd_deploy.training.text_teacher.coloured import load_wardrobe
+    from sfd_deploy.training.text_teacher.prompted import FREE
     from sfd_deploy.training.text_teacher.stage import require_known_classes, seal_text_teacher, train_text_teacher
 
     require_known_classes(judges)  # not after half an hour
-    teacher = train_text_teacher(config, load_wardrobe(data), work, device)
+    wardrobe = load_wardrobe(data)
+    require_unmade(output, "teacher", config, wardrobe.grey, FREE)
+    teacher = train_text_teacher(config, wardrobe, work, device)
     sealed = seal_text_teacher(config, teacher, output, data_name=data.name, judges=judges)
     return sealed, sealed.facts["prompt_agreement"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Annotated, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class ClassifierConfig(StageConfig):
         description="plain: convolutions, ReLU, max-pooling; residual: strided residual blocks, SiLU"
     )
     channels: int = Field(ge=1, le=4)
-    widths: tuple[int, ...] = Field(min_length=1, description="channels per resolution level")
+    widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="channels per resolution level")
 
     def build(self, num_classes: int) -> Classifier:
         """A randomly initialised classifier."""
@@ -167,10 +167,13 @@ def load_judge(sealed: Sealed) -> Judge:
     """Open the network or adopted model of a verified judge folder.
 
     Raises:
+        ModelError: what it saw in real images is not finite.
         ModelError, BackendError: an adopted model that does not run here.
     """
     held_out = load_file(sealed.folder / HELD_OUT)
     statistics = load_file(sealed.folder / REFERENCE)
+    if not all(values.isfinite().all() for values in statistics.values()):
+        raise ModelError(f"judge {sealed.folder}: its features are not finite", "train or adopt it again")
     pair = np.stack([held_out["labels"].numpy(), held_out["predictions"].numpy()]).astype(np.int64)
     return Judge(
         name=sealed.name,

@@ -93,11 +93,13 @@ def measure_judge(sight: Sight, data: Labelled, class_names: Sequence[str]) -> M
 
     Raises:
         DataError: a class that has fewer than two images, or that the judge does not know.
-        ModelError: more features than a covariance can be kept of.
+        ModelError: features that are not finite, or more than a covariance can be kept of.
     """
     labels = _by_name(data, class_names)
     seen = [sight.see(data.batch(rows)[0]) for rows in torch.arange(len(data)).split(256)]
     predictions, features = (torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
+    if not np.isfinite(features).all():
+        raise ModelError("the judge's features of real images are not finite", "give a judge with finite weights")
     if features.shape[1] > MOST_FEATURES:
         raise ModelError(
             f"{features.shape[1]} features an image; at most {MOST_FEATURES} are kept", "name a smaller features_output"

@@ -32,16 +32,26 @@ class NetworkConfig(StageConfig):
 
     @field_validator("block_channels")
     @classmethod
-    def levels_must_fit(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def channels_must_be_some(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(channels < 1 for channels in value):
             raise ValueError("channels must be positive")
         return value
 
     @model_validator(mode="after")
+    def levels_must_fit(self) -> Self:
+        halvings = len(self.block_channels) - 1
+        if self.image_size % 2**halvings:
+            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times: use fewer levels")
+        for channels in self.block_channels:
+            if channels % self.norm_groups:
+                raise ValueError(f"norm_groups {self.norm_groups} do not divide {channels} channels")
+        return self
+
+    @model_validator(mode="after")
     def heads_must_fit(self) -> Self:
         levels = {*self.attention_levels, *([len(self.block_channels) - 1] if self.middle_attention else [])}
         for level in sorted(levels):
-            if level >= len(self.block_channels):
+            if not 0 <= level < len(self.block_channels):
                 raise ValueError(f"attention level {level}, but the network has {len(self.block_channels)} levels")
             if self.block_channels[level] % self.head_channels:
                 raise ValueError(

@@ -272,9 +272,13 @@ def test_bad_input_is_refused_in_one_line(
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("names.txt", "circle\nsquare\n\nstar\n"), ("notepad.txt", "\ufeffcircle\r\nsquare\r\nstar\r\n"), ("names.json", '["circle", "square", "star"]'),
-     ("labels.json", '{"0": "circle", "2": "star", "1": "square"}')],
-)  # fmt: skip
+    [
+        ("names.txt", "circle\nsquare\n\nstar\n"),
+        ("notepad.txt", "\ufeffcircle\r\nsquare\r\nstar\r\n"),
+        ("names.json", '["circle", "square", "star"]'),
+        ("labels.json", '{"0": "circle", "2": "star", "1": "square"}'),
+    ],
+)
 def test_class_names_come_from_a_file(pipeline_folder: Path, tmp_path: Path, name: str, content: str):
     (tmp_path / name).write_text(content, encoding="utf-8")
     arguments = ["adopt", str(pipeline_folder), "-o", str(tmp_path / "run"), "--class-names", str(tmp_path / name)]

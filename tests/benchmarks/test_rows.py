@@ -235,7 +235,7 @@ def test_the_device_and_the_padding_reach_every_training_and_every_runtime(tmp_p
     monkeypatch.setattr("sfd_deploy.training.precision.computes_in_bf16", lambda where: where == "cuda")
     asked = {
         name: calls_to(monkeypatch, name, place)
-        for name, place in [("benchmarks.workshop.train_judge", 3), ("benchmarks.workshop.train_teacher", 3),
+        for name, place in [("benchmarks.workshop.make_judge", 3), ("benchmarks.workshop.train_teacher", 3),
                             ("benchmarks.workshop.train", 2), ("benchmarks.rows.open_runtime", 1)]
     }  # fmt: skip
     shop = tiny_workshop(tmp_path, 12, device, "auto")

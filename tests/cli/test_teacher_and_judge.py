@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import struct
 from collections.abc import Callable
@@ -243,9 +244,42 @@ def test_bad_places_devices_and_judges_are_one_line(teacher_config, judge_config
 def test_a_checkpoint_of_another_config_is_refused_naming_the_key(teacher_config, judge_config, data, tmp_path, capsys):
     for name, config in (("teacher", teacher_config), ("judge", judge_config)):
         assert command(name, config(), data, tmp_path / name) == 0
+        shutil.rmtree(tmp_path / name)
         capsys.readouterr()
         assert command(name, config(seed=1), data, tmp_path / name) == 2
         assert refused(capsys, "checkpoint of another config (seed differ)")
+
+
+def test_what_is_finished_is_replaced_by_the_same_alone(teacher_config, judge_config, data, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_idx(other, "train", 96, 2)
+    write_idx(other, "t10k", 40, 3)
+    for name, config in (("teacher", teacher_config), ("judge", judge_config)):
+        target = tmp_path / name
+        assert command(name, config(), data, target) == 0
+        before = (target / "manifest.json").read_bytes()
+        shutil.rmtree(tmp_path / f"{name}.work")
+        capsys.readouterr()
+        assert command(name, config(seed=1), data, target) == 2
+        assert refused(capsys, f"holds a {name} of another config or data (seed differ)")
+        assert command(name, config(), other, target) == 2
+        assert refused(capsys, "(data differ)")
+        assert not (tmp_path / f"{name}.work" / "checkpoint.safetensors").exists()  # said before any step
+        assert (target / "manifest.json").read_bytes() == before
+    assert command("judge", judge_config(), data, tmp_path / "teacher") == 2
+    assert refused(capsys, "holds a teacher, and a judge would replace it")
+
+
+def test_a_judge_of_other_classes_is_refused_before_the_teachers_first_step(
+    teacher_config, judge_config, data, tmp_path, capsys
+):
+    assert command("judge", judge_config(class_names=["left", "right"]), data, tmp_path / "judge") == 0
+    capsys.readouterr()
+    code = command("teacher", teacher_config(), data, tmp_path / "teacher", "--judge", str(tmp_path / "judge"))
+    assert code == 2
+    assert refused(capsys, "judge judge knows other classes than the teacher")
+    assert not (tmp_path / "teacher.work" / "checkpoint.safetensors").exists()
 
 
 def test_a_judge_below_its_minimum_fails_and_is_not_written(judge_config, data, tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfd_deploy.errors import ManifestError
+from sfd_deploy.errors import ConfigError, ManifestError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import verify
 from sfd_deploy.models.denoiser import EdmDenoiser
@@ -124,3 +124,20 @@ def test_network_config_builds_what_it_says():
     assert unet.config["up_block_types"] == ("AttnUpBlock2D", "UpBlock2D")
     images = unet(torch.zeros(2, 3, 16, 16), torch.zeros(2), class_labels=torch.tensor([0, 4])).sample
     assert images.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 18}, "image_size 18 cannot be halved 2 times: use fewer levels"),
+        ({"norm_groups": 3}, "norm_groups 3 do not divide 8 channels"),
+        ({"block_channels": (8, 0, 8)}, "channels must be positive"),
+        ({"attention_levels": (3,)}, "attention level 3, but the network has 3 levels"),
+        ({"attention_levels": (-1,)}, "attention level -1, but the network has 3 levels"),
+        ({"attention_levels": (0,), "head_channels": 3}, "head_channels 3 do not divide 8 channels"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused_by_its_config(changes, message):
+    values = {"image_size": 16, "channels": 1, "block_channels": (8, 8, 8), "norm_groups": 4} | changes
+    with pytest.raises(ConfigError, match=message):
+        NetworkConfig.from_mapping(values, "test")

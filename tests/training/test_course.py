@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sfd_deploy.errors import ConfigError, ManifestError
 from sfd_deploy.models.generator import OneStepGenerator
@@ -116,8 +117,19 @@ def test_a_checkpoint_of_another_config_or_input_is_refused_naming_the_key(tmp_p
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path):
     file = tmp_path / "c.safetensors"
     course(file).run()
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ManifestError, match=r"c\.safetensors"):
+    whole = file.read_bytes()
+    notes = whole.index(b"record")
+    spoilt = {
+        "cut": whole[:200],
+        "a weight's last bit": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "what is said of it": whole[:notes] + b"R" + whole[notes + 1 :],
+    }
+    for name, content in spoilt.items():
+        file.write_bytes(content)
+        with pytest.raises(ManifestError, match=r"c\.safetensors: not a checkpoint, or damaged"):
+            pytest.fail(f"{name}: step {course(file).step}")
+    save_file({"unet/weight": torch.zeros(1)}, file)
+    with pytest.raises(ManifestError, match="not a checkpoint"):
         course(file)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from sfd_deploy.errors import ConfigError, DataError
 from sfd_deploy.training.data import ImagesConfig, LabelledImages, load_images
-from sfd_deploy.training.judge import JudgeConfig, load_judged
+from sfd_deploy.training.judge import JudgeConfig, load_both, load_judged
 from sfd_deploy.training.teacher import TeacherConfig
 
 
@@ -68,6 +69,74 @@ def test_split_folders_are_taken_as_they_are(tmp_path: Path):
     assert (len(load_images(tmp_path, "train")), len(load_images(tmp_path, "test"))) == (3, 1)
 
 
+def class_folders(root: Path, *names: str, channels: int = 1) -> Path:
+    """A folder a class, three 6x6 images in each, all of the value 10, 20, … in the order of ``names``."""
+    for number, name in enumerate(names, 1):
+        (root / name).mkdir(parents=True)
+        for index in range(3):
+            pixels = np.full((6, 6, channels), 10 * number, np.uint8).squeeze()
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+def test_class_names_give_folders_their_labels(tmp_path: Path):
+    """As a teacher that came without its folders counts them: 10 after 2."""
+    class_folders(tmp_path / "train", "1", "2", "10")
+    assert load_images(tmp_path, "train").class_names == ("1", "10", "2")
+    found = load_images(tmp_path, "train", ("1", "2", "10"))
+    assert found.class_names == ("1", "2", "10")
+    assert [found.images[found.labels == label].max() for label in range(3)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(("cat",), "dog is no class"), (("cat", "dog", "elk"), "elk has no folder")]
+)
+def test_class_names_that_are_not_the_folders_are_refused(tmp_path: Path, names, message):
+    with pytest.raises(DataError, match=message):
+        load_images(class_folders(tmp_path, "cat", "dog"), "train", names)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_images_of_more_than_8_bits_are_refused_where_pillow_would_make_them_white(tmp_path: Path, dtype):
+    (tmp_path / "train" / "one").mkdir(parents=True)
+    suffix = "png" if dtype == np.uint16 else "tiff"
+    Image.fromarray(np.full((6, 6), 300, dtype)).save(tmp_path / f"image.{suffix}")
+    (tmp_path / f"image.{suffix}").rename(tmp_path / "train" / "one" / "image.png")
+    with pytest.raises(DataError, match=r"image\.png: more than 8 bits a channel"):
+        load_images(tmp_path, "train")
+
+
+def test_the_digest_is_of_images_labels_and_names():
+    data = LabelledImages(IMAGES[:, None], np.array([0, 1, 2]), ("a", "b", "c"))
+    others = (
+        replace(data, images=data.images + 1), replace(data, labels=np.array([0, 2, 1])),
+        replace(data, class_names=("a", "b", "d")), replace(data, images=data.images.reshape(3, 1, 5, 4)),
+    )  # fmt: skip
+    assert data.digest == replace(data, images=data.images.copy()).digest
+    assert len({data.digest, *(other.digest for other in others)}) == 5
+
+
+CLASSIFIER = {"architecture": "plain", "channels": 1, "widths": [4]}
+
+
+@pytest.mark.parametrize(
+    ("held_out", "channels", "classifier", "message"),
+    [
+        (("cat", "elk"), 1, {}, "classes to train on are cat, dog, held-out ones cat, elk"),
+        (("cat",), 1, {}, "classes to train on are cat, dog, held-out ones cat"),
+        (("cat", "dog"), 1, {"channels": 3}, "images have 1 channels, the classifier 3; set `classifier.channels`"),
+        (("cat", "dog"), 3, {}, "images have 3 channels, the classifier 1"),
+        (("cat", "dog"), 1, {"widths": [4, 4, 4, 4]}, "6 pixels cannot be halved 3 times; give fewer `widths`"),
+    ],
+)
+def test_a_judges_images_must_fit_one_another_and_the_classifier(tmp_path, held_out, channels, classifier, message):
+    class_folders(tmp_path / "train", "cat", "dog", channels=channels)
+    class_folders(tmp_path / "test", *held_out, channels=channels)
+    config = JudgeConfig.from_mapping({"classifier": CLASSIFIER | classifier}, "test")
+    with pytest.raises(DataError, match=message):
+        load_both(config, tmp_path)
+
+
 def damaged(tmp_path: Path, fault: str) -> Path:
     write_idx(tmp_path, IMAGES, [0, 1, 2])
     images, labels = tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz"
@@ -80,6 +149,8 @@ def damaged(tmp_path: Path, fault: str) -> Path:
     elif fault == "count":
         write_idx(tmp_path / "other", IMAGES[:2], [0, 1])
         labels.write_bytes((tmp_path / "other" / labels.name).read_bytes())
+    elif fault == "none":
+        write_idx(tmp_path, IMAGES[:0], [])
     elif fault == "no labels":
         labels.unlink()
     return tmp_path
@@ -92,6 +163,7 @@ def damaged(tmp_path: Path, fault: str) -> Path:
         ("short", "59 bytes of data, its header says"),
         ("magic", "not an IDX file"),
         ("count", "3 images but 2 labels"),
+        ("none", "holds no pixel"),
         ("no labels", "labels-idx1-ubyte is missing"),
     ],
 )

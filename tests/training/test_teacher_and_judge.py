@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sfd_deploy.errors import ConfigError, DataError, DivergedError, LabelError, LimitError
+from sfd_deploy.errors import ConfigError, DataError, DivergedError, LabelError, LimitError, ModelError
 from sfd_deploy.measure.judges import either_matrix, open_judge
 from sfd_deploy.training.data import LabelledImages
 from sfd_deploy.training.frame import learning_rate_at, total_steps
 from sfd_deploy.training.judge import JudgeConfig, augment, seal_judge, train_judge
+from sfd_deploy.training.memory import MemoryLimitError
 from sfd_deploy.training.teacher import (
     TeacherConfig,
     TeacherTraining,
@@ -52,22 +55,26 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in pairs)
 
 
+def failing_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which Ctrl-C stops at one more call than ``calls``."""
+    left = iter(range(calls))
+
+    def broken(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return broken
+
+
 def test_a_resumed_teacher_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sfd_deploy.training.teacher.CHECKPOINT_EVERY", 2)
     data, config = halves(40, 0), teacher_config()
     unbroken = train_teacher(config, data, tmp_path / "a.safetensors")
-    calls = iter(range(100))
-
-    def die_at_four(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if next(calls) == 4:
-            raise KeyboardInterrupt
-        return data.batch(rows)
-
-    breaking = type("Breaking", (), {"images": data.images, "class_names": data.class_names, "batch": die_at_four})
-    breaking.batch = staticmethod(die_at_four)  # type: ignore[attr-defined]
-    breaking.__len__ = lambda _self: len(data)  # type: ignore[attr-defined]
-    with pytest.raises(KeyboardInterrupt):
-        train_teacher(config, breaking(), tmp_path / "b.safetensors")  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelledImages, "batch", failing_after(4, LabelledImages.batch))
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(config, data, tmp_path / "b.safetensors")
     resumed = train_teacher(config, data, tmp_path / "b.safetensors")
     assert same_weights(unbroken, resumed)
 
@@ -147,7 +154,7 @@ def test_images_that_do_not_fit_and_a_diverging_teacher_are_one_line(tmp_path: P
 def test_a_judge_learns_is_sealed_with_its_errors_and_opens_the_same(tmp_path: Path):
     train, held_out, config = halves(400, 0), halves(100, 1), judge_config()
     classifier = train_judge(config, train, tmp_path / "a.safetensors")
-    sealed = seal_judge(config, classifier, held_out, tmp_path / "judge", "halves")
+    sealed = seal_judge(config, classifier, train, held_out, tmp_path / "judge", "halves")
     assert sealed.facts["accuracy"] > 0.95
     assert np.array(sealed.facts["confusion"]).sum() == 100
     judge = open_judge(tmp_path / "judge")
@@ -170,29 +177,70 @@ def test_a_resumed_judge_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("sfd_deploy.training.judge.CHECKPOINT_EVERY", 3)
     data, config = halves(64, 0), judge_config(epochs=2)
     unbroken = train_judge(config, data, tmp_path / "a.safetensors")
-    monkeypatch.setattr("sfd_deploy.training.judge.augment", failing_after(4))
+    monkeypatch.setattr("sfd_deploy.training.judge.augment", failing_after(4, augment))
     with pytest.raises(KeyboardInterrupt):
         train_judge(config, data, tmp_path / "b.safetensors")
     monkeypatch.setattr("sfd_deploy.training.judge.augment", augment)
     assert same_weights(unbroken, train_judge(config, data, tmp_path / "b.safetensors"))
 
 
-def failing_after(calls: int):
-    left = iter(range(calls))
+def test_a_judge_that_diverges_is_one_line(tmp_path: Path):
+    with pytest.raises(DivergedError, match="judge loss is nan at step"):
+        train_judge(judge_config(learning_rate=1e30), halves(64, 0), tmp_path / "a.safetensors")
 
-    def broken(*arguments):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return augment(*arguments)
 
-    return broken
+def test_weights_that_only_the_last_step_spoils_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    step = torch.optim.AdamW.step
+
+    def spoil(optimiser: torch.optim.AdamW, *arguments: Any) -> None:
+        step(optimiser, *arguments)
+        with torch.no_grad():
+            optimiser.param_groups[0]["params"][0].view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(DivergedError, match="judge: weights are not finite after the last step"):
+        train_judge(judge_config(epochs=1), halves(16, 0), tmp_path / "a.safetensors")
+    with pytest.raises(DivergedError, match="teacher: weights are not finite after the last step"):
+        train_teacher(teacher_config(images=8), halves(16, 0), tmp_path / "b.safetensors")
+
+
+def test_a_judge_that_sees_no_numbers_is_neither_sealed_nor_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, data = judge_config(), halves(50, 0)
+    classifier = config.classifier.build(2).eval()
+    with torch.no_grad():
+        classifier.body[0].weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="features of real images are not finite"):
+        seal_judge(config, classifier, data, halves(50, 1), tmp_path / "judge", "halves")
+    assert not (tmp_path / "judge").exists()
+    monkeypatch.setattr("sfd_deploy.measure.sealing.np.isfinite", np.ones_like)
+    seal_judge(config, classifier, data, halves(50, 1), tmp_path / "judge", "halves")
+    with pytest.raises(ModelError, match="judge: its features are not finite"):
+        open_judge(tmp_path / "judge")
+
+
+def test_a_training_goes_on_with_its_own_data_alone(tmp_path: Path):
+    train_judge(judge_config(), halves(32, 0), tmp_path / "judge.safetensors")
+    with pytest.raises(ConfigError, match=r"another config \(data differ\)"):
+        train_judge(judge_config(), halves(32, 1), tmp_path / "judge.safetensors")
+    train_teacher(teacher_config(), halves(32, 0), tmp_path / "teacher.safetensors")
+    with pytest.raises(ConfigError, match=r"another config \(data differ\)"):
+        train_teacher(teacher_config(), halves(32, 1), tmp_path / "teacher.safetensors")
+
+
+def test_a_judges_batch_that_does_not_fit_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("sfd_deploy.training.judge.augment", full)
+    with pytest.raises(MemoryLimitError, match="out of memory on cpu with a batch of 16; lower `batch_size`"):
+        train_judge(judge_config(), halves(32, 0), tmp_path / "a.safetensors")
 
 
 def test_a_judge_below_its_minimum_is_refused_and_not_written(tmp_path: Path):
     config = judge_config(epochs=1, min_accuracy=1.0)
     classifier = config.classifier.build(2)
     with pytest.raises(LimitError, match="judge accuracy is"):
-        seal_judge(config, classifier.eval(), halves(50, 1), tmp_path / "judge", "halves")
+        seal_judge(config, classifier.eval(), halves(50, 0), halves(50, 1), tmp_path / "judge", "halves")
     assert not (tmp_path / "judge").exists()
 
 
@@ -217,7 +265,7 @@ def test_a_shift_moves_in_black_or_the_edge_again():
 def test_a_sealed_teacher_carries_what_judges_say_of_its_samples(tmp_path: Path):
     data, config = halves(200, 0), judge_config()
     classifier = train_judge(config, data, tmp_path / "j.safetensors")
-    seal_judge(config, classifier, halves(100, 1), tmp_path / "judge", "halves")
+    seal_judge(config, classifier, halves(200, 0), halves(100, 1), tmp_path / "judge", "halves")
     judge = open_judge(tmp_path / "judge")
     denoiser = train_teacher(teacher_config(), data, tmp_path / "t.safetensors")
     sealed = seal_teacher(
@@ -238,7 +286,7 @@ def test_the_agreement_of_a_random_teacher_is_that_of_chance(tmp_path: Path):
 
     config = judge_config(classifier={"architecture": "residual", "channels": 1, "widths": [8, 8]})
     classifier = train_judge(config, halves(200, 0), tmp_path / "j.safetensors")
-    seal_judge(config, classifier, halves(100, 1), tmp_path / "judge", "halves")
+    seal_judge(config, classifier, halves(200, 0), halves(100, 1), tmp_path / "judge", "halves")
     labels = Labels(class_names=("above", "below", "beside"))
     found = label_agreement(tiny_generator().denoiser, labels, [open_judge(tmp_path / "judge")], per_label=20)
     assert found["judge"] < 0.7

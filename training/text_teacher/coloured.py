@@ -79,6 +79,11 @@ class ColouredImages(LabelledImages):
     colours: NDArray[np.int64]
     backgrounds: NDArray[np.int64]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(3, 32, 32): painted."""
+        return (3, *super().shape[1:])
+
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images float32 in [-1, 1] (B, 3, 32, 32) and labels int64 (B,) at ``rows``."""
         grey, labels = super().batch(rows)

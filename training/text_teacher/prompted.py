@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfd_deploy.runtime.seam import Images
+from sfd_deploy.training.data import WATCHED, bound_to
 from sfd_deploy.training.frame import Training, train_to_end
 from sfd_deploy.training.streams import stream
 from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS, TEMPLATES, caption
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 CHECKPOINT_EVERY = 500
+# How the result is drawn and saved changes no weight either.
+FREE = WATCHED | {"weights", "guidance", "sampler_steps"}
 
 
 class PromptedNetwork(nn.Module):
@@ -135,8 +138,5 @@ def train_prompted(
         DivergedError, MemoryLimitError, ConfigError, ManifestError, KeyboardInterrupt: see ``train_to_end``.
     """
     training = PromptedTraining(config, data, tokenizer, vae, device)
-    # Neither what is watched nor how the result is drawn and saved changes a weight.
-    free = {"monitor", "weights", "guidance", "sampler_steps"}
-    bound = {key: value for key, value in config.resolved().items() if key not in free}
-    train_to_end(training, checkpoint_file, bound, config.monitor, CHECKPOINT_EVERY)
+    train_to_end(training, checkpoint_file, bound_to(config, data.grey, FREE), config.monitor, CHECKPOINT_EVERY)
     return training.pipeline()

@@ -37,10 +37,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class TextTeacher:
-    """A trained pipeline and its autoencoder's mean squared error on training images."""
+    """A trained pipeline, its autoencoder's mean squared error on training images, and which images they were."""
 
     pipeline: StableDiffusionPipeline
     squared_error: float
+    data_digest: str
 
 
 def train_text_teacher(config: TextTeacherConfig, data: Wardrobe, work: Path, device: str = "cpu") -> TextTeacher:
@@ -52,7 +53,7 @@ def train_text_teacher(config: TextTeacherConfig, data: Wardrobe, work: Path, de
     tokenizer = train_tokenizer([found.text for found in captions()], config.prompt_tokens)
     trained = train_vae(config.vae, data, work / "vae" / CHECKPOINT, config.monitor, config.seed, device)
     pipeline = train_prompted(config, data, tokenizer, trained.vae, work / "text-teacher" / CHECKPOINT, device)
-    return TextTeacher(pipeline, trained.squared_error)
+    return TextTeacher(pipeline, trained.squared_error, data.grey.digest)
 
 
 def require_known_classes(judges: Sequence[Judge]) -> None:
@@ -113,7 +114,7 @@ def seal_text_teacher(
         "pixels": [3, SIDE, SIDE],
         "prompt_tokens": config.prompt_tokens,
         "objects": list(OBJECTS), "colours": list(COLOURS), "backgrounds": list(BACKGROUNDS),
-        "data": data_name,
+        "data": data_name, "data_digest": teacher.data_digest,
         "images_seen": {part: total_steps(pace) * pace.batch_size
                         for part, pace in (("vae", config.vae), ("text-teacher", config))},
         "vae_squared_error_on_training_images": teacher.squared_error,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfd_deploy.runtime.seam import Images
+from sfd_deploy.training.data import bound_to
 from sfd_deploy.training.frame import MonitorConfig, Training, train_to_end
 from sfd_deploy.training.streams import stream
 from sfd_deploy.training.text_teacher.coloured import SIDE, Wardrobe
@@ -110,7 +111,8 @@ def train_vae(
         DivergedError, MemoryLimitError, ConfigError, ManifestError, KeyboardInterrupt: see ``train_to_end``.
     """
     training = VaeTraining(config, data, seed, device)
-    train_to_end(training, checkpoint_file, config.resolved() | {"seed": seed}, monitor, CHECKPOINT_EVERY)
+    bound = bound_to(config, data.grey) | {"seed": seed}
+    train_to_end(training, checkpoint_file, bound, monitor, CHECKPOINT_EVERY)
     return _measured(training.ema.network, data, seed, device)
 
 
