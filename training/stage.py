@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from sfd_deploy.errors import ConfigError
-from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import MANIFEST, Sealed, verify
+from sfd_deploy.models.card import model_card
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator, image_shape, load_teacher, save_generator, save_teacher
 from sfd_deploy.progress import log_to
@@ -113,7 +113,13 @@ def _seal(run: Run, config: TrainConfig, inputs: Inputs, outcome: Outcome) -> No
         save_teacher(outcome.fake_score, target)
     with sealing_generator(run, config, inputs, outcome, {"labels": inputs.labels.resolved()}) as target:
         save_generator(outcome.generator, target)
-        (target / "README.md").write_text(model_card(inputs.labels, inputs.teacher, config), encoding="utf-8")
+        teacher = inputs.teacher
+        card = model_card(
+            "One-step generator by score forgetting distillation",
+            f"Distilled from teacher `{teacher.name}` (digest `{teacher.digest}`) in {config.iterations} iterations.",
+            "Forgotten:", inputs.labels, outcome.generator,
+        )  # fmt: skip
+        (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def sealing_fake_score(
@@ -167,22 +173,3 @@ def _finished(run: Run, config: LoopConfig, inputs: Origin) -> Run:
         raise ConfigError(f"{run.folder}: holds a finished run of another config", "choose another --output folder")
     inputs.require_made(sealed)
     return run
-
-
-def model_card(labels: Labels, teacher: Sealed, config: TrainConfig) -> str:
-    """The generator's README.md with the fields that model hubs read."""
-    names = labels.class_names
-    forgotten = [
-        f"- {names[label]} (label {label}): {labels.override_name(label)} is drawn instead"
-        + (f" (label {labels.overrides_of(label)[0]})" if isinstance(override, int) else "")
-        for label, override in labels.forget.items()
-    ] or ["- nothing: a plain distillation"]
-    return "\n".join([
-        "---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation",
-        "tags: [one-step, machine-unlearning]", "---", "",
-        "# One-step generator by score forgetting distillation", "",
-        f"Distilled from teacher `{teacher.name}` (digest `{teacher.digest}`) in {config.iterations} iterations.", "",
-        "Forgotten:", *forgotten, "",
-        "Load with `diffusers.DiffusionPipeline.from_pretrained(FOLDER)` and always pass `class_labels`: left out,",
-        "the pipeline draws a random label, forget labels included.", "",
-    ])  # fmt: skip

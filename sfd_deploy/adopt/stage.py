@@ -18,6 +18,7 @@ from sfd_deploy.errors import ConfigError, LabelError, LimitError, RunError
 from sfd_deploy.labels import Labels
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import MANIFEST, Parent, Sealed, verify
+from sfd_deploy.models.card import model_card
 from sfd_deploy.models.folder import read_denoiser
 from sfd_deploy.models.generator import OneStepGenerator, save_generator
 from sfd_deploy.models.teachers import open_teacher
@@ -53,7 +54,7 @@ def adopt_folder(config: AdoptConfig, folder: Path) -> Run:
                "null_label_dropped": rows > labels.count,
                "files": {name: record.sha256 for name, record in source.files.items()}}  # fmt: skip
     with sealing(folder, config, source.as_parent(), teacher, _facts(generator, labels, teacher, adopted)) as target:
-        _write(generator, target, _card(source.as_parent(), labels, teacher))
+        _write(generator, target, _card(source.as_parent(), generator, labels, teacher))
         source.require_unchanged()
         _require_same(generator, target, latents, asked, expected)
     return Run(folder)
@@ -80,7 +81,7 @@ def adopt_checkpoint(config: AdoptConfig, folder: Path) -> Run:
     adopted = {"layout": "official DDPM", "entry": checkpoint.entry, "step": checkpoint.step, "timestep": timestep,
                "null_label_dropped": True, "sha256": checkpoint.sha256}  # fmt: skip
     with sealing(folder, config, parent, teacher, _facts(generator, labels, teacher, adopted)) as target:
-        _write(generator, target, _card(parent, labels, teacher))
+        _write(generator, target, _card(parent, generator, labels, teacher))
         _require_same(generator, target, latents, asked, draw_stock(target, latents, asked, generator.sigma_init))
     return Run(folder)
 
@@ -221,16 +222,10 @@ def require_close(found: Tensor, expected: Tensor) -> None:
         )
 
 
-def _card(source: Parent, labels: Labels, teacher: Sealed | None) -> str:
-    names = labels.class_names
-    claims = [f"- {names[label]} (label {label}): {labels.override_name(label)} is drawn instead"
-              for label in labels.forget] or ["- nothing"]  # fmt: skip
+def _card(source: Parent, generator: OneStepGenerator, labels: Labels, teacher: Sealed | None) -> str:
     distilled = f"`{teacher.name}` (digest `{teacher.digest}`)" if teacher is not None else "not on record"
-    return "\n".join([
-        "---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation",
-        "tags: [one-step, machine-unlearning]", "---", "",
-        "# One-step generator, trained elsewhere", "",
-        f"Adopted from `{source.name}` (digest `{source.digest}`). Teacher: {distilled}.", "",
-        "Claimed to be forgotten, which an audit has to show:", *claims, "",
-        "Always pass `class_labels`: left out, diffusers draws a random label, forget labels included.", "",
-    ])  # fmt: skip
+    return model_card(
+        "One-step generator, trained elsewhere",
+        f"Adopted from `{source.name}` (digest `{source.digest}`). Teacher: {distilled}.",
+        "Claimed to be forgotten, which an audit has to show:", labels, generator,
+    )  # fmt: skip

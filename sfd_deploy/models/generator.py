@@ -60,8 +60,8 @@ def image_shape(unet: UNet2DModel) -> tuple[int, int, int]:
 def save_generator(generator: OneStepGenerator, folder: Path) -> None:
     """Write ``generator`` as stock diffusers: a ``ConsistencyModelPipeline`` where that computes the same step.
 
-    That is EDM with diffusers' consistency timesteps. Others are ``unet/`` and ``scheduler/`` alone;
-    docs/teachers.md has the loop that draws with them.
+    That is EDM with diffusers' consistency timesteps. Others are ``unet/`` and ``scheduler/`` alone; ``card`` has
+    the loops that draw with them.
     """
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 

@@ -66,7 +66,7 @@ def equal(state: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> b
 def test_distillation_alone_forgets_nothing(distilled: Run):
     facts = distilled.generator().facts
     assert facts["labels"]["forget"] == {}
-    assert "nothing: a plain distillation" in (distilled.folder / "generator" / "README.md").read_text()
+    assert "Forgotten:\n- nothing" in (distilled.folder / "generator" / "README.md").read_text()
     rows = [json.loads(line) for line in (distilled.folder / "generator" / "training.jsonl").read_text().splitlines()]
     assert "gap_forget" not in rows[-1]
 
@@ -120,6 +120,15 @@ def test_an_earlier_run_of_another_teacher_is_refused(teacher: Sealed, distilled
     other = seal_teacher(tmp_path / "other", seed=1)
     with pytest.raises(RunError, match=f"its teacher was {teacher.digest[:12]}, this one is {other.digest[:12]}"):
         open_inputs(config(other, init_from=str(distilled.folder)))
+
+
+@pytest.mark.parametrize("place", ["generator", "fake-score"])
+def test_a_place_that_is_taken_is_said_before_the_first_step(teacher: Sealed, tmp_path: Path, place: str):
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match=f"{place}: exists and is not one of ours"):
+        train(config(teacher), tmp_path)
+    assert not (tmp_path / "work" / "checkpoint.safetensors").exists()
 
 
 def test_a_pinned_teacher_digest_is_held(teacher: Sealed):
