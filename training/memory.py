@@ -51,7 +51,8 @@ def _too_large(loop: SfdLoop) -> MemoryLimitError:
         return MemoryLimitError(what, f"set `accumulate` to {2 * config.accumulate} or more; the checkpoint is kept")
     if fits < 1:
         return MemoryLimitError(what, "not even one row fits; free memory or use a smaller network")
-    parts = -(-config.rows(loop.labels) // min(fits, rows - 1))
+    fits = min(fits, rows - 1)  # more than did not fit is a misjudgement
+    parts = -(-config.rows(loop.labels) // fits)
     return MemoryLimitError(
         what,
         f"about {fits} rows would fit: set `accumulate` to {parts}, or fewer retained_rows; the checkpoint is kept",

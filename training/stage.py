@@ -22,7 +22,7 @@ from sfd_deploy.runtime.pytorch import torch_device
 from sfd_deploy.training.config import LoopConfig, TrainConfig
 from sfd_deploy.training.course import Course
 from sfd_deploy.training.distributed import Workers
-from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, Origin, load_start, open_inputs
+from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, Origin, load_start, open_inputs, require_known_levels
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.monitor import Watch
 from sfd_deploy.training.precision import settled
@@ -92,6 +92,7 @@ def carry_out(
 
 def _course(config: TrainConfig, inputs: Inputs, run: Run, workers: Workers) -> Course:
     teacher = load_teacher(inputs.teacher)
+    require_known_levels(config, teacher)
     judge = inputs.classifier
     classify = None if judge is None else judge.classifier.to(workers.device)
     loop = SfdLoop(config, inputs.labels, teacher, load_start(inputs, config, teacher), classify, workers)

@@ -12,7 +12,7 @@ from sfd_deploy.errors import ConfigError, LabelError, ModelError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import MANIFEST, FileRecord, Parent, Sealed, digest_of, verify
 from sfd_deploy.models.folder import Layout, find_layout, read_denoiser, read_json
-from sfd_deploy.models.generator import OneStepGenerator, keep_labels, labels_of
+from sfd_deploy.models.generator import OneStepGenerator, keep_labels, labels_of, require_finite
 from sfd_deploy.models.teachers import hash_files, name_classes
 
 if TYPE_CHECKING:
@@ -125,11 +125,12 @@ def read_generator(source: Source, config: AdoptConfig, teacher: Sealed | None) 
     A row behind the named classes is the null label of guided training and is left behind: nobody retrained it.
 
     Raises:
-        ModelError: weights that cannot be loaded.
+        ModelError: weights that cannot be loaded, are not finite, or draw no image.
         ConfigError: the noise level is not said, or said twice.
         LabelError: names of another number, a teacher of other classes, or an impossible claim.
     """
     denoiser = read_denoiser(source.folder)
+    require_finite(denoiser, source.folder)
     labels = name_labels(source.folder, denoiser.unet.config["num_class_embeds"], config, teacher)
     keep_labels(denoiser.unet, labels.count, source.folder)
     return OneStepGenerator(denoiser, noise_level(denoiser, source, config)).eval(), labels
@@ -138,18 +139,23 @@ def read_generator(source: Source, config: AdoptConfig, teacher: Sealed | None) 
 def name_labels(where: Path, rows: int, config: AdoptConfig, teacher: Sealed | None) -> Labels:
     """Class names as given, else the teacher's, else ``id2label``, else numbers; and the claimed forget map.
 
+    A generator of ours keeps its own, whatever more is claimed.
+
     Raises:
         LabelError: as ``read_generator``.
     """
-    known = labels_of(teacher).class_names if teacher is not None else ()
+    own = labels_of(verify(where, "generator")) if (where / MANIFEST).is_file() else None
+    recorded = {"its manifest's": own, "its teacher's": None if teacher is None else labels_of(teacher)}
+    known = {whose: labels.class_names for whose, labels in recorded.items() if labels is not None}
     index = read_json(where / "model_index.json") if (where / "model_index.json").is_file() else {}
-    names = name_classes(where, rows, config.class_names or known, index)
-    if known and names != known:
-        raise LabelError(
-            f"{where}: named {', '.join(names)}, its teacher's classes are {', '.join(known)}",
-            "leave --class-names out, or name its own teacher",
-        )
-    return Labels(class_names=names).forgetting(config.forget)
+    names = name_classes(where, rows, config.class_names or next(iter(known.values()), ()), index)
+    for whose, others in known.items():
+        if names != others:
+            raise LabelError(
+                f"{where}: named {', '.join(names)}, {whose} classes are {', '.join(others)}",
+                "leave --class-names out, or name its own teacher",
+            )
+    return (own or Labels(class_names=names)).forgetting(config.forget)
 
 
 def noise_level(denoiser: Denoiser, source: Source, config: AdoptConfig) -> float:

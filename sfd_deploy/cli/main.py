@@ -59,12 +59,25 @@ def exit_code_of(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return errors.BAD_INPUT
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted; what was finished is kept, run the same command to go on")
-        return errors.INTERRUPTED
+        return _interrupted()
     except Exception as error:
+        if _was_interrupted(error):
+            return _interrupted()
         _say(f"error: a bug in sfd-deploy ({type(error).__name__}); the traceback is in {_log_traceback()}")
         return errors.BUG
     return result if isinstance(result, int) else errors.OK
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C lies behind an error: packages that are interrupted at import raise their own."""
+    return error is not None and (
+        isinstance(error, KeyboardInterrupt) or _was_interrupted(error.__cause__ or error.__context__)
+    )
+
+
+def _interrupted() -> int:
+    _say("interrupted; what was finished is kept, run the same command to go on")
+    return errors.INTERRUPTED
 
 
 def _say(text: str) -> None:

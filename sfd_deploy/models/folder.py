@@ -182,6 +182,9 @@ def _builder(config: Mapping[str, Any], where: Path) -> Callable[[UNet2DModel], 
     if name in {"DDPMScheduler", "DDIMScheduler"}:
         return _discrete_builder(config, where)
     if name == "FlowMatchEulerDiscreteScheduler":
+        if config.get("invert_sigmas"):
+            raise ModelError(f"{where}: invert_sigmas: its times run from images to noise",
+                             "give a model whose noise falls with its timestep")  # fmt: skip
         timesteps = int(_number(config, "num_train_timesteps", 1000, where))
         return lambda unet: FlowDenoiser(unet, timesteps)
     if name == "CMStochasticIterativeScheduler":

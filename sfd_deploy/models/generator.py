@@ -119,7 +119,7 @@ def require_finite(denoiser: Denoiser, where: Path) -> None:
             "mend its config.json: each level of a UNet halves the size",
         ) from None
     if not clean.isfinite().all():
-        raise ModelError(f"{where}: non-finite teacher: its prediction at sigma {sigma:.3g} is not a number",
+        raise ModelError(f"{where}: non-finite network: its prediction at sigma {sigma:.3g} is not a number",
                          "save its weights again, in float32")  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def require_finite_weights(network: nn.Module, where: Path) -> None:
     """
     for name, weight in network.named_parameters():
         if not weight.isfinite().all():
-            raise ModelError(f"{where}: non-finite teacher: {name} holds NaN or infinity", "save its weights again")
+            raise ModelError(f"{where}: non-finite network: {name} holds NaN or infinity", "save its weights again")
 
 
 def keep_labels(unet: UNet2DModel, classes: int, where: Path) -> None:

@@ -17,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfd_deploy.adopt import stage
@@ -24,10 +25,10 @@ from sfd_deploy.adopt.config import AdoptConfig
 from sfd_deploy.adopt.stage import adopt_folder
 from sfd_deploy.audit.selection import find_teacher
 from sfd_deploy.cli.main import exit_code_of
-from sfd_deploy.errors import LimitError, ModelError, RunError
+from sfd_deploy.errors import LabelError, LimitError, ModelError, RunError
 from sfd_deploy.manifest import verify
 from sfd_deploy.models.denoiser import EdmDenoiser
-from sfd_deploy.models.generator import load_generator, save_teacher
+from sfd_deploy.models.generator import labels_of, load_generator, save_teacher
 from sfd_deploy.models.sampler import SamplerConfig
 from sfd_deploy.runs import Run, sealed_folder
 from tests.adopt.conftest import NAMES, save_folder, tiny_unet
@@ -168,6 +169,23 @@ def test_the_same_again_is_left_as_it_is_and_anything_else_is_refused(pipeline_f
     assert (tmp_path / "other" / "generator" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_folder_of_ours_keeps_its_classes_and_what_it_forgot(tmp_path: Path):
+    folder = seal_tiny_run(tmp_path / "origin").folder / "generator"
+    again = adopt_folder(config(folder), tmp_path / "again").generator()
+    assert labels_of(again) == TINY_LABELS
+    with pytest.raises(LabelError, match="its manifest's classes are circle, square, star"):
+        adopt_folder(config(folder, class_names=("a", "b", "c")), tmp_path / "renamed")
+    with pytest.raises(LabelError, match="square was forgotten earlier"):
+        adopt_folder(config(folder, forget={"square": "circle"}), tmp_path / "reclaimed")
+
+
+def spoil_weight(folder: Path) -> None:
+    file = next((folder / "unet").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["conv_out.bias"][0] = float("nan")
+    save_file(tensors, file)
+
+
 def test_a_tampered_folder_of_ours_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = seal_tiny_run(tmp_path / "origin").folder / "generator"
     assert exit_code_of(["adopt", str(folder), "-o", str(tmp_path / "whole"), "--class-names", NAMES]) == 0
@@ -245,6 +263,9 @@ FAULTS: list[tuple[Any, list[str], str]] = [
     (lambda f: None, ["--sigma-init", "3"], "its scheduler starts at sigma 2.5"),
     (lambda f: None, ["--sigma-init", "3", "--timestep", "4"], "give one"),
     (lambda f: None, ["--sigma-init", "-1"], "greater than 0"),
+    (lambda f: None, ["--sigma-init", "inf"], "finite number"),
+    (spoil_weight, [], "non-finite network: conv_out.bias"),
+    (lambda f: edit(f / "unet" / "config.json", sample_size=15), [], "draws no image of 1 x 15 x 15"),
     (lambda f: None, ["--class-names", "a"], "a: no such file"),
     (lambda f: None, ["--class-names", "a" * 500], "cannot be read as text"),
     (lambda f: None, ["--class-names", "a,b,c,d"], "knows 3 labels, 4 classes are named"),

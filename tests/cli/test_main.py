@@ -65,7 +65,14 @@ def test_a_log_that_cannot_be_written_does_not_hide_the_bug(
     assert "planted" in caplog.text
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])
+def failed_import() -> ImportError:
+    """What a package raises that Ctrl-C stops at import."""
+    error = ImportError("initialization failed")
+    error.__context__ = KeyboardInterrupt()
+    return error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort(), failed_import()])
 def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, error: BaseException):
     plant(monkeypatch, error)
     assert exit_code_of(["doctor"]) == 130

@@ -91,6 +91,7 @@ def refused(folder: Path) -> str:
         ({"_class_name": "EDMEulerScheduler", "sigma_data": "x"}, "sigma_data is 'x'"),
         ({"_class_name": "CMStochasticIterativeScheduler", "sigma_data": 0}, "sigma_data is 0"),
         ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": -1}, "sigma_min is -1"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas: its times run"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": [1]}, "num_train_timesteps is [1]"),
     ],
 )
@@ -161,10 +162,10 @@ def test_weights_and_images_that_are_not_finite_are_refused(folder):
     require_finite(denoiser, folder)
     denoiser.unet.conv_out.bias.fill_(3e38)
     denoiser.unet.conv_out.weight.fill_(3e38)
-    with pytest.raises(ModelError, match="non-finite teacher: its prediction at sigma 1"):
+    with pytest.raises(ModelError, match="non-finite network: its prediction at sigma 1"):
         require_finite(denoiser, folder)
     denoiser.unet.conv_out.bias[0] = torch.nan
-    with pytest.raises(ModelError, match=r"non-finite teacher: conv_out\.bias"):
+    with pytest.raises(ModelError, match=r"non-finite network: conv_out\.bias"):
         require_finite(denoiser, folder)
 
 

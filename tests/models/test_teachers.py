@@ -117,7 +117,7 @@ def test_a_teacher_whose_weights_are_not_finite_is_refused_when_loaded(tmp_path)
     denoiser.unet.conv_in.weight[0, 0, 0, 0] = torch.inf
     denoiser.unet.save_pretrained(tmp_path / "unet")
     denoiser.scheduler().save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(ModelError, match=r"non-finite teacher: conv_in\.weight"):
+    with pytest.raises(ModelError, match=r"non-finite network: conv_in\.weight"):
         load_teacher(open_teacher(tmp_path))
 
 

@@ -208,7 +208,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(folder, part):
     save_file({key: value for key, value in weights.items() if key != name}, file, metadata={"format": "pt"})
     refused(folder, f"weights do not fit config.json .missing keys: {name}")
     save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, file, metadata={"format": "pt"})
-    refused(folder, f"{part}: non-finite teacher: {name}")
+    refused(folder, f"{part}: non-finite network: {name}")
     file.write_bytes(file.read_bytes()[:100])
     refused(folder, "its weights cannot be loaded")
 

@@ -13,12 +13,14 @@ from sfd_deploy.errors import ConfigError, LabelError, RunError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import Sealed, verify
 from sfd_deploy.models.generator import save_generator, save_teacher
+from sfd_deploy.models.teachers import open_teacher
 from sfd_deploy.runs import Run, sealed_folder
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.inputs import load_start, open_inputs
 from sfd_deploy.training.kinds import resume
 from sfd_deploy.training.stage import train
 from tests.conftest import tiny_generator
+from tests.models.tiny import foreign_folder
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CLASSES = Labels(class_names=("circle", "square", "star"))
@@ -120,6 +122,21 @@ def test_an_earlier_run_of_another_teacher_is_refused(teacher: Sealed, distilled
     other = seal_teacher(tmp_path / "other", seed=1)
     with pytest.raises(RunError, match=f"its teacher was {teacher.digest[:12]}, this one is {other.digest[:12]}"):
         open_inputs(config(other, init_from=str(distilled.folder)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sigma_init": 200.0}, "sigma_init 200: the teacher's schedule goes from 0.01 to 157"),
+        ({"sigma_init": 0.005, "sigma_min": 0.001}, "sigma_init 0.005: the teacher's schedule"),
+        ({"sigma_min": 160.0, "sigma_max": 200.0}, "sigma_min 160 to sigma_max 200: the teacher's schedule"),
+        ({"sigma_min": 1e-4, "sigma_max": 5e-3}, "sigma_max 0.005: the teacher's schedule"),
+    ],
+)
+def test_noise_levels_beyond_the_teachers_schedule_are_refused(tmp_path: Path, changes, message):
+    foreign = open_teacher(str(foreign_folder(tmp_path / "foreign", "epsilon")))
+    with pytest.raises(ConfigError, match=message):
+        train(config(foreign, **changes), tmp_path / "run")
 
 
 @pytest.mark.parametrize("place", ["generator", "fake-score"])
