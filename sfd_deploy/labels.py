@@ -27,8 +27,8 @@ ClassKey = Annotated[int | str, BeforeValidator(_name_or_number)]
 MIXTURE: Final = "mixture"
 
 
-def require_distinct(names: Sequence[str]) -> None:
-    """Refuse class names that cannot tell classes apart; upper and lower case are one.
+def require_distinct(names: Sequence[str], where: str = "class names") -> None:
+    """Refuse class names that cannot tell classes apart; upper and lower case are one. ``where`` they stand.
 
     Raises:
         LabelError: an empty name, or one that is there twice.
@@ -36,9 +36,9 @@ def require_distinct(names: Sequence[str]) -> None:
     folded = [name.strip().casefold() for name in names]
     for label, name in enumerate(folded):
         if not name:
-            raise LabelError(f"the name of class {label} is empty", "name every class")
+            raise LabelError(f"{where}: that of class {label} is empty", "name every class")
         if (first := folded.index(name)) != label:
-            raise LabelError(f"classes {first} and {label} are both named {names[label]}", "give each its own name")
+            raise LabelError(f"{where}: {names[label]} is both class {first} and {label}", "give each its own name")
 
 
 class Labels(StageConfig):

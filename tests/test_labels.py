@@ -22,8 +22,8 @@ def test_a_class_named_by_a_number_goes_before_the_label_of_that_number():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("bag", "coat", "Bag "), "classes 0 and 2 are both named Bag; give each its own name"),
-        (("bag", " "), "the name of class 1 is empty"),
+        (("bag", "coat", "Bag "), "class names: Bag is both class 0 and 2; give each its own name"),
+        (("bag", " "), "that of class 1 is empty"),
     ],
 )
 def test_names_that_tell_no_classes_apart_are_refused(names, message):

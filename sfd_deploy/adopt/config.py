@@ -73,7 +73,7 @@ def read_class_names(text: str | None) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(",")) if "," in text else _names_in_file(Path(text))
     if not names:
         raise LabelError(f"{text}: names no class", "write one class name a line")
-    require_distinct(names)
+    require_distinct(names, text)
     return names
 
 

@@ -141,7 +141,7 @@ class DiscreteDenoiser(Denoiser):
     Between the schedule's timesteps the network is told one interpolated in ln(sigma).
 
     Raises:
-        ModelError: another prediction type.
+        ModelError: another prediction type, or noise levels that do not rise.
     """
 
     log_sigmas: Tensor  # (T,) float64, rising
@@ -152,10 +152,8 @@ class DiscreteDenoiser(Denoiser):
         if self.prediction_type not in PREDICTIONS:
             raise ModelError(f"prediction type {self.prediction_type!r} is unknown", f"use {', '.join(PREDICTIONS)}")
         self.schedule = scheduler
-        alpha_bar = scheduler.alphas_cumprod.to(torch.float64)
-        alpha_bar = alpha_bar[alpha_bar > 0]  # a zero terminal SNR has no finite sigma
-        self.register_buffer("log_sigmas", (torch.log1p(-alpha_bar) - alpha_bar.log()) / 2, persistent=False)
-        self.sigma_range = (self._sigma_at(0), self._sigma_at(len(alpha_bar) - 1))
+        self.register_buffer("log_sigmas", log_sigmas_of(scheduler), persistent=False)
+        self.sigma_range = (self._sigma_at(0), self._sigma_at(-1))
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         a = (1 + sigma.square()).rsqrt()
@@ -211,6 +209,20 @@ class DiscreteDenoiser(Denoiser):
 
     def _sigma_at(self, timestep: int) -> float:
         return math.exp(self.log_sigmas[timestep].item())
+
+
+def log_sigmas_of(scheduler: DDPMScheduler | DDIMScheduler) -> Tensor:
+    """Log noise levels (T,) float64 of a DDPM schedule's timesteps, rising; zero terminal SNR has none.
+
+    Raises:
+        ModelError: they do not rise, or there are fewer than two.
+    """
+    alpha_bar = scheduler.alphas_cumprod.to(torch.float64)
+    alpha_bar = alpha_bar[alpha_bar > 0]
+    log_sigmas: Tensor = (torch.log1p(-alpha_bar) - alpha_bar.log()) / 2
+    if len(log_sigmas) < 2 or not (log_sigmas.diff() > 0).all():
+        raise ModelError("the schedule's noise levels do not rise", "save the scheduler that it was trained with")
+    return log_sigmas
 
 
 class FlowDenoiser(Denoiser):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_CHANNELS = 4
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+WHOLE = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-0")  # or the first of several parts
 AS_UNET = "save it from diffusers with UNet2DModel.save_pretrained(FOLDER, safe_serialization=True)"
 
 
@@ -59,8 +60,11 @@ def find_layout(folder: Path) -> Layout:
             f"{folder}: neither unet/config.json nor config.json in it",
             "give a diffusers pipeline or UNet2DModel folder",
         )
-    if not any(network.glob("*.safetensors")):
+    names = [path.name for path in network.glob("*.safetensors")]
+    if not names:
         raise no_weights(network, AS_UNET)
+    if not any(name.startswith(WHOLE) for name in names):
+        raise ModelError(f"{network}: only a variant of the weights, {min(names)}", AS_UNET)
     configs = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
     return Layout(network, next((path for path in configs if path.is_file()), None))
 
@@ -216,7 +220,7 @@ def _number(config: Mapping[str, Any], key: str, default: float, where: Path, le
 def _discrete_builder(config: Mapping[str, Any], where: Path) -> Callable[[UNet2DModel], Denoiser]:
     import diffusers
 
-    from sfd_deploy.models.denoiser import PREDICTIONS, DiscreteDenoiser
+    from sfd_deploy.models.denoiser import PREDICTIONS, DiscreteDenoiser, log_sigmas_of
 
     predicted = config.get("prediction_type")
     if predicted not in PREDICTIONS:
@@ -228,6 +232,10 @@ def _discrete_builder(config: Mapping[str, Any], where: Path) -> Callable[[UNet2
         raise ModelError(
             f"{where}: not a schedule that diffusers makes ({reason_of(error)})", "mend the config"
         ) from None
+    try:
+        log_sigmas_of(scheduler)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error.what}", error.mend) from None
     return lambda unet: DiscreteDenoiser(unet, scheduler)
 
 
@@ -252,7 +260,9 @@ def read_weights(kind: Any, folder: Path, mend: str, **options: Any) -> Any:
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder}: its weights cannot be loaded ({reason_of(error)})", mend) from None
+        raise ModelError(
+            f"{folder}: its weights cannot be loaded ({reason_of(error)})", f"fetch it again, or {mend}"
+        ) from None
     # Both libraries only log these, and leave what is missing at random numbers.
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := found[fault]:

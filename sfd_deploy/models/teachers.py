@@ -15,7 +15,7 @@ from typing import Any
 
 from sfd_deploy.embedded import embedded_names, resolve
 from sfd_deploy.errors import LabelError, ModelError, RunError
-from sfd_deploy.labels import Labels
+from sfd_deploy.labels import Labels, require_distinct
 from sfd_deploy.manifest import MANIFEST, FileRecord, Manifest, Sealed, digest_of, sha256_file, verify
 from sfd_deploy.models.folder import denoiser_builder, find_layout, read_json
 from sfd_deploy.models.generator import labels_of
@@ -123,7 +123,7 @@ def name_classes(folder: Path, rows: int, given: tuple[str, ...], index: dict[st
     """Names of a network's ``rows`` labels: those given, else the pipeline index' ``id2label``, else numbers.
 
     Raises:
-        LabelError: they are neither ``rows`` nor, with a null label last, one fewer.
+        LabelError: they are neither ``rows`` nor, with a null label last, one fewer; or two are the same.
     """
     if not given and isinstance(index.get("id2label"), dict):
         given = _index_names(folder, index["id2label"])
@@ -134,6 +134,7 @@ def name_classes(folder: Path, rows: int, given: tuple[str, ...], index: dict[st
             f"{folder}: the network knows {rows} labels, {len(given)} classes are named",
             f"name {rows}, or {rows - 1} if the last label is the null label of guided training",
         )
+    require_distinct(given, str(folder))
     return given
 
 

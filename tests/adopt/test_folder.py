@@ -269,7 +269,7 @@ FAULTS: list[tuple[Any, list[str], str]] = [
     (lambda f: None, ["--class-names", "a"], "a: no such file"),
     (lambda f: None, ["--class-names", "a" * 500], "cannot be read as text"),
     (lambda f: None, ["--class-names", "a,b,c,d"], "knows 3 labels, 4 classes are named"),
-    (lambda f: None, ["--class-names", "a,b,A"], "classes 0 and 2 are both named A"),
+    (lambda f: None, ["--class-names", "a,b,A"], "a,b,A: A is both class 0 and 2"),
     (lambda f: None, ["--forget", "1=1"], "its own override"),
     (lambda f: None, ["--forget", "1"], "is not FORGET=OVERRIDE"),
     (lambda f: None, ["--forget", "1=2", "--forget", "1=0"], "named twice"),

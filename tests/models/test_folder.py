@@ -88,6 +88,9 @@ def refused(folder: Path) -> str:
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "does not preserve variance"),
         ({"beta_schedule": "wiggly"}, "not a schedule that diffusers makes"),
         ({"num_train_timesteps": "many"}, "not a schedule that diffusers makes"),
+        ({"num_train_timesteps": 1}, "scheduler_config.json: the schedule's noise levels do not rise"),
+        ({"num_train_timesteps": 0}, "the schedule's noise levels do not rise"),
+        ({"beta_end": -0.02}, "the schedule's noise levels do not rise"),
         ({"_class_name": "EDMEulerScheduler", "sigma_data": "x"}, "sigma_data is 'x'"),
         ({"_class_name": "CMStochasticIterativeScheduler", "sigma_data": 0}, "sigma_data is 0"),
         ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": -1}, "sigma_min is -1"),
@@ -138,6 +141,12 @@ def test_pickled_weights_are_refused_unread(folder):
     weights = folder / "unet" / WEIGHTS
     weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
     assert "only diffusion_pytorch_model.bin, a pickle" in refused(folder)
+
+
+def test_a_folder_with_only_a_variant_of_the_weights_is_refused_by_its_name(folder):
+    weights = folder / "unet" / WEIGHTS
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert "only a variant of the weights, diffusion_pytorch_model.fp16.safetensors; save it" in refused(folder)
 
 
 def test_a_damaged_config_or_weight_file_is_one_line(folder):
