@@ -7,6 +7,7 @@ only the classes named here are ever made, whatever a config asks for.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -255,6 +256,8 @@ def read_weights(kind: Any, folder: Path, mend: str, **options: Any) -> Any:
     """
     from safetensors import SafetensorError
 
+    # Of diffusers or of transformers: bars of their own between our lines.
+    importlib.import_module(f"{kind.__module__.partition('.')[0]}.utils.logging").disable_progress_bar()
     try:
         network, found = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
