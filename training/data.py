@@ -57,7 +57,7 @@ class LabelledImages:
         """Hex sha256 of images, labels and class names: which data a checkpoint and a sealed folder belong to."""
         found = hashlib.sha256(json.dumps([self.class_names, self.images.shape]).encode())
         for values in (self.images, self.labels):
-            found.update(np.ascontiguousarray(values))
+            found.update(np.ascontiguousarray(values).data)
         return found.hexdigest()
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
