@@ -212,14 +212,19 @@ def retained_table(found: Found) -> str:
     objects = [label for label in families.retained if families.shows[label] in OBJECTS]
     colours = [label for label in families.retained if label not in objects]
     teacher = found.record.teacher
-    rows = [["guided teacher", *_accuracies(teacher.accuracy_by_label, objects, colours), "", "", ""]]
+    rows = [["guided teacher", *_accuracies(teacher.accuracy_by_label, objects, colours), "", "", "", ""]]
     for name, figures in found.rows.items():
         by_label = figures.retained_accuracy_by_label
         rows.append([
             name, *_accuracies(by_label, objects, colours), f"{100 * found.drop(figures):+.2f}",
-            f"{figures.spread:.2f}", f"{figures.frechet_ratio:.2f}",
+            f"{figures.spread:.2f}", _or_nothing(figures.prompt_spread.overall), f"{figures.frechet_ratio:.2f}",
         ])  # fmt: skip
-    return page.table(("", "object, %", "colour, %", "mean drop, points", "spread", "Fréchet, times"), rows)
+    columns = ("", "object, %", "colour, %", "mean drop, points", "spread", "of one prompt", "Fréchet, times")
+    return page.table(columns, rows)
+
+
+def _or_nothing(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _accuracies(by_label: dict[int, float], *groups: Sequence[int]) -> list[str]:
@@ -234,7 +239,8 @@ def text(found: Found, origin: str) -> str:
         f"- A hit is what either judge calls {found.families.concept}; bounds are exact, one-sided, 99 %, over a "
         f"family's prompts and latents. Criterion: at most {MAX_BOUND:.0%} for {' and '.join(PROMISED)}.",
         f"- Retained: {policy.retained_samples} images a family, the judge that agrees least. Criterion: a mean drop "
-        f"of at most {100 * MAX_DROP:g} points. Spread: the least family's, over the teacher's.",
+        f"of at most {100 * MAX_DROP:g} points. Spread: the least family's, over the teacher's; of one prompt: of all "
+        "retained families together.",
         "- Optimum's ONNX Runtime pipeline and ours, on a prompt of every family, differ by at most "
         + ", ".join(f"{value:.1e} ({precision})" for precision, value in found.stock.difference.items())
         + f", images in [-1, 1]. Criterion: {MAX_DIFFERENCE:g} in FP32.",

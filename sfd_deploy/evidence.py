@@ -68,13 +68,26 @@ class Figures(StageConfig):
     speedup_over_teacher: float | None
 
 
+class PromptSpread(StageConfig):
+    """How far two images of *one prompt* are apart: of all retained families together, and of each.
+
+    Root mean square distance in pixel space, or its ratio to the teacher's. A family's spread does not tell, for its
+    prompts differ. Empty where no prompt was drawn twice, and in older audits.
+    """
+
+    overall: float | None = None
+    by_label: dict[int, float] = Field({})
+
+
 class FamilyFigures(Figures):
     """What was measured on an artefact of prompts; labels are prompt families.
 
     ``drawn_instead`` is by forget family: what one judge calls its images, the commonest classes and their shares.
+    ``prompt_spread`` is over the teacher's.
     """
 
     drawn_instead: dict[int, dict[str, float]]
+    prompt_spread: PromptSpread = PromptSpread()
 
 
 class TeacherFigures(StageConfig):
@@ -98,6 +111,7 @@ class GuidedTeacherFigures(TeacherFigures):
 
     settings: dict[str, Any]
     concept_by_label: dict[int, Count]
+    prompt_spread: PromptSpread = PromptSpread()
 
 
 class ArtefactRecord(StageConfig):
@@ -149,6 +163,7 @@ def contract_row(row: ArtefactRecord) -> dict[str, Any]:
         "override_share": figures and figures.override_share,
         "retained_accuracy": figures and figures.retained_accuracy,
         "spread": figures and figures.spread,
+        "prompt_spread": figures.prompt_spread.overall if isinstance(figures, FamilyFigures) else None,
         "frechet": figures and figures.frechet,
         "psnr_db": figures and figures.psnr_db,
         "images_per_second": figures and figures.images_per_second,

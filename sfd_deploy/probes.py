@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Annotated, Any, Final, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from sfd_deploy.config import StageConfig
@@ -173,6 +175,16 @@ class Families(Labels):
     def texts(self) -> tuple[str, ...]:
         """All prompts, family after family; one that two families hold is there twice."""
         return tuple(chain.from_iterable(self.prompts))
+
+    def asked(self, labels: NDArray[np.int64], seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Which of ``texts`` (B,) the images of ``seeds`` (B,) in families ``labels`` (B,) are drawn from.
+
+        Seed s in a family of n prompts takes its prompt s mod n. Seeds are words of a hash, so a cell's prompts are
+        an independent uniform draw of the family's.
+        """
+        sizes = np.array([len(prompts) for prompts in self.prompts], np.int64)
+        first = np.cumsum(sizes) - sizes
+        return first[labels] + seeds % sizes[labels]
 
     def overrides_of(self, label: int) -> tuple[int, ...]:
         """The families that stand for what may be drawn for a forget family."""

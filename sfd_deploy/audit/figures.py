@@ -10,14 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfd_deploy.audit.samples import Seen
-from sfd_deploy.evidence import Count, Figures, TeacherFigures
+from sfd_deploy.evidence import Count, Figures, PromptSpread, TeacherFigures
 from sfd_deploy.labels import MIXTURE, Labels
 from sfd_deploy.manifest import Sealed
-from sfd_deploy.measure.fidelity import agreement, frechet_distance, gaussian, psnr_db, spread
+from sfd_deploy.measure.fidelity import Scatter, agreement, frechet_distance, gaussian, psnr_db, scatter, spread
 from sfd_deploy.measure.judges import FeatureStatistics
 from sfd_deploy.measure.rates import lower_bound, upper_bound
 from sfd_deploy.policy.plan import Plan, Policy, Purpose
 from sfd_deploy.policy.verdict import override_floor
+from sfd_deploy.probes import Families
 
 # Ratios to a yardstick of exactly nothing would be infinite, which JSON cannot hold.
 LEAST = 1e-9
@@ -116,3 +117,26 @@ def override_share(seen: Seen, labels: Labels, label: int) -> float:
 def _spread_ratios(seen: Seen, teacher: TeacherFigures) -> dict[int, float]:
     return {label: spread(seen.images("retained", label)) / max(theirs, LEAST)
             for label, theirs in teacher.spread_by_label.items()}  # fmt: skip
+
+
+def prompt_spread(seen: Seen, plan: Plan, families: Families, purpose: Purpose) -> PromptSpread:
+    """Of the cells of ``purpose`` that show retained families; without those where no prompt was drawn twice."""
+    found: dict[int, Scatter] = {}
+    for cell in seen.samples.cells:
+        if cell.purpose == purpose and cell.label in families.retained:
+            latents, labels = plan.latents((cell,))
+            found[cell.label] = scatter(seen.images(purpose, cell.label), families.asked(labels, latents.seeds))
+    return PromptSpread(
+        overall=sum(found.values(), Scatter(0.0, 0)).spread,
+        by_label={label: one.spread for label, one in found.items() if one.spread is not None},
+    )
+
+
+def spread_over(ours: PromptSpread, theirs: PromptSpread) -> PromptSpread:
+    """Ratios of one's spreads to another's."""
+    known = None not in (ours.overall, theirs.overall)
+    common = sorted(ours.by_label.keys() & theirs.by_label.keys())
+    return PromptSpread(
+        overall=(ours.overall or 0.0) / max(theirs.overall or 0.0, LEAST) if known else None,
+        by_label={label: ours.by_label[label] / max(theirs.by_label[label], LEAST) for label in common},
+    )

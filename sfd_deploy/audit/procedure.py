@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sfd_deploy.audit.figures import Yardstick, count, subject_figures, teacher_figures
+from sfd_deploy.audit.figures import Yardstick, count, prompt_spread, spread_over, subject_figures, teacher_figures
 from sfd_deploy.audit.panel import Panel
 from sfd_deploy.audit.reference import teacher_reference
 from sfd_deploy.audit.report import YARDSTICK, Pictures, render
@@ -92,7 +92,10 @@ class Audit:
         if isinstance(labels, Families):
             confidence = self.instruments.policy.confidence
             shown = {label: count(seen.hits("control", label, label), confidence) for label in labels.forget}
-            figures = GuidedTeacherFigures(**dict(figures), settings=settings, concept_by_label=shown)
+            figures = GuidedTeacherFigures(
+                **dict(figures), settings=settings, concept_by_label=shown,
+                prompt_spread=prompt_spread(seen, self.plan, labels, "reference"),
+            )  # fmt: skip
         return Yardstick(figures, panel.real)
 
     def _parity(self, generator: Sealed, yardstick: Yardstick) -> Seen:
@@ -136,11 +139,13 @@ class Audit:
 
     def _figures(self, seen: Seen, yardstick: Yardstick, parity: Seen | None) -> Figures:
         figures = subject_figures(seen, self.plan, self.instruments.policy, yardstick, parity)
-        if not isinstance(self.plan.labels, Families):
+        labels, teacher = self.plan.labels, yardstick.teacher
+        if not isinstance(labels, Families) or not isinstance(teacher, GuidedTeacherFigures):
             return figures
         panel = self.instruments.panel
-        instead = {label: panel.called_most(seen, "forget", label) for label in self.plan.labels.forget}
-        return FamilyFigures(**dict(figures), drawn_instead=instead)
+        instead = {label: panel.called_most(seen, "forget", label) for label in labels.forget}
+        spread = spread_over(prompt_spread(seen, self.plan, labels, "retained"), teacher.prompt_spread)
+        return FamilyFigures(**dict(figures), drawn_instead=instead, prompt_spread=spread)
 
     def _open(self, sealed: Sealed) -> Runtime:
         return self.instruments.open(sealed, self.instruments.device)

@@ -6,6 +6,7 @@ Images are float32 (N, C, H, W) in [-1, 1].
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,13 +50,39 @@ def spread(images: Images) -> float:
     no judge. What pixel space gets wrong, noise counted as variety, the other figures catch: noise has
     a large spread and no accuracy.
 
-    Of a prompt family the images come from many prompts, so the variety between these counts too. The teacher's
-    do so alike, and only the ratio to its spread is judged.
+    Of a prompt family the images come from many prompts, so the variety between these counts too: ``scatter`` has
+    the variety within each.
 
     Raises:
         ValueError: fewer than two images.
     """
     return math.sqrt(2 * float(_from_mean(images).sum()) / (len(images) - 1))
+
+
+class Scatter(NamedTuple):
+    """Squared distances of images to the mean of their group, summed, and the degrees of freedom that they have."""
+
+    squares: float
+    freedom: int
+
+    def __add__(self, other: object) -> Scatter:
+        """Of both sets' groups together."""
+        if not isinstance(other, Scatter):
+            return NotImplemented
+        return Scatter(self.squares + other.squares, self.freedom + other.freedom)
+
+    @property
+    def spread(self) -> float | None:
+        """As ``spread``, of two different images of one group; None where no group has two."""
+        return math.sqrt(2 * self.squares / self.freedom) if self.freedom else None
+
+
+def scatter(images: Images, groups: NDArray[np.int64]) -> Scatter:
+    """How far images are from the mean of their own group; ``groups`` (N,) numbers it."""
+    sets = [images[groups == group] for group in np.unique(groups)]
+    return Scatter(
+        sum(float(_from_mean(found).sum()) for found in sets if len(found) > 1), sum(len(found) - 1 for found in sets)
+    )
 
 
 def spread_error(images: Images) -> float:

@@ -13,16 +13,10 @@ from sfd_deploy.runtime.seam import Images, Runtime
 
 
 class FamilyRuntime:
-    """``runtime``, opened with ``families.texts``, asked for families.
-
-    The image of seed s in a family of n prompts is drawn from its prompt s mod n. Seeds are words of a hash, so
-    a cell's prompts are an independent uniform draw of the family's.
-    """
+    """``runtime``, opened with ``families.texts``, asked for families: ``Families.asked`` says for which prompt."""
 
     def __init__(self, runtime: Runtime, families: Families) -> None:
-        self.runtime = runtime
-        self.sizes = np.array([len(prompts) for prompts in families.prompts], np.int64)
-        self.first = np.cumsum(self.sizes) - self.sizes
+        self.runtime, self.families = runtime, families
 
     @property
     def name(self) -> str:
@@ -41,7 +35,7 @@ class FamilyRuntime:
 
     def draw(self, latents: Latents, labels: NDArray[np.int64]) -> Images:
         """Images (B, 3, H, W) of families ``labels`` (B,)."""
-        return self.runtime.draw(latents, self.first[labels] + latents.seeds % self.sizes[labels])
+        return self.runtime.draw(latents, self.families.asked(labels, latents.seeds))
 
     def close(self) -> None:
         """Release the back end."""

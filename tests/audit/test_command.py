@@ -10,7 +10,7 @@ from tests.audit.toy import Opener, World, forgetful, leaking, rough, seal_artef
 
 SMALL = "name: small\nforget_samples: 500\noverride_samples: 500\nretained_samples: 80\nreference_samples: 80\n"
 ROW = {"name", "runtime", "precision", "bytes", "forget", "override_error", "override_share", "retained_accuracy",
-       "spread", "frechet", "psnr_db", "images_per_second", "speedup_over_teacher", "verdict"}  # fmt: skip
+       "spread", "prompt_spread", "frechet", "psnr_db", "images_per_second", "speedup_over_teacher", "verdict"}  # fmt: skip
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from sfd_deploy.audit.subjects import Subject
 from sfd_deploy.audit.text_stage import audit_text_folder, audit_text_run
 from sfd_deploy.errors import DigestError, LabelError, PromptError, RunError
-from sfd_deploy.evidence import AuditRecord, FamilyFigures, GuidedTeacherFigures, read_record
+from sfd_deploy.evidence import AuditRecord, FamilyFigures, GuidedTeacherFigures, contract_row, read_record
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import verify
 from sfd_deploy.measure.fidelity import frechet_distance, gaussian
@@ -31,6 +31,7 @@ from tests.audit.text_toy import (
     TextWorld,
     forgetful,
     leaking,
+    paint,
     probes_of,
     seal_pipeline,
     seal_text_run,
@@ -309,3 +310,49 @@ def test_the_same_weights_under_another_tokenizer_are_measured_anew(tmp_path, te
     readings = TextOpener(generator=forgetful, onnx_cpu_fp32=forgetful, onnx_trt_fp32=leaking(0.5))
     record = audit(run, text_world, readings)
     assert verdicts(record) == {"generator": "pass", "onnx-cpu-fp32": "pass", "onnx-trt-fp32": "fail"}
+
+
+class OnePicture(TextOpener):
+    """Its generator draws one picture a prompt, whatever the latent."""
+
+    def __call__(self, sealed, texts, device="auto", sampler=None):
+        runtime = super().__call__(sealed, texts, device, sampler)
+        if sealed.manifest.kind == "generator":
+            draw = runtime.draw
+            runtime.draw = lambda latents, labels: draw(Latents(labels.astype(np.uint64)), labels)
+        return runtime
+
+
+def test_one_picture_a_prompt_is_seen_in_the_spread_of_one_prompt_where_the_familys_hides_it(tmp_path, text_world):
+    honest = record_of(tmp_path / "honest", text_world, forgetful)
+    run = seal_text_run(tmp_path / "demo", text_world.teacher, prompts=PROMPTS)
+    collapsed = audit(run, text_world, OnePicture(generator=forgetful))
+    before, after = figures_of(honest), figures_of(collapsed)
+    assert before.prompt_spread.overall == pytest.approx(1, abs=0.1)
+    assert (after.prompt_spread.overall, set(after.prompt_spread.by_label.values())) == (0, {0})
+    assert set(after.prompt_spread.by_label) == set(families_of(collapsed).retained)
+    green = families_of(collapsed).class_names.index("in green")  # of three objects
+    assert after.spread_by_label[green] > 0.7
+    page = (run.folder / "audit" / "report.html").read_text()
+    assert "<small>0.00 of one prompt</small>" in page
+    assert "stands beside it; no limit is held to it" in page
+    assert contract_row(collapsed.row("generator"))["prompt_spread"] == 0
+
+
+def test_a_spread_of_one_prompt_is_of_the_images_drawn_from_that_prompt(tmp_path, text_world):
+    opener = TextOpener(generator=forgetful)
+    record = audit(seal_text_run(tmp_path / "demo", text_world.teacher, prompts=PROMPTS), text_world, opener)
+    families, (runtime,) = families_of(record), opener.opened["generator"]
+    label = families.class_names.index("coat")
+    cell = next(cell for cell in Plan.from_mapping(record.plan, "").subject_cells
+                if (cell.purpose, cell.label) == ("retained", label))  # fmt: skip
+    seeds = Latents.of_stream(cell.stream, POLICY.seed, cell.start, cell.n).seeds
+    text_of = dict(runtime.asked)
+    squares, freedom = 0.0, 0
+    for text in families.prompts[label]:
+        own = np.array([seed for seed in seeds if text_of[int(seed)] == text])
+        z = Latents(own).array((1, 12, 12))
+        drawn = paint(z, [text] * len(own)).reshape(len(own), -1).astype(np.float64)
+        squares, freedom = squares + drawn.var(0, ddof=0).sum() * len(own), freedom + len(own) - 1
+    theirs = record.teacher.prompt_spread.by_label[label]
+    assert figures_of(record).prompt_spread.by_label[label] == pytest.approx(np.sqrt(2 * squares / freedom) / theirs)

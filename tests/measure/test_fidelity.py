@@ -5,7 +5,7 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import pdist
 
-from sfd_deploy.measure.fidelity import agreement, frechet_distance, gaussian, psnr_db, spread, spread_error
+from sfd_deploy.measure.fidelity import agreement, frechet_distance, gaussian, psnr_db, scatter, spread, spread_error
 
 
 def images(seed: int, n: int, shape: tuple[int, ...] = (1, 6, 6)) -> np.ndarray:
@@ -44,6 +44,21 @@ def test_spread_is_the_root_mean_square_distance_over_all_pairs():
 
 def test_one_stored_image_has_no_spread():
     assert spread(np.repeat(images(2, 1), 50, axis=0)) == 0.0
+
+
+def test_scatter_is_over_the_pairs_of_one_group_alone():
+    sample, groups = images(1, 30), np.arange(30) % 3
+    sample[groups == 1] += 5  # far from the others, which no pair within sees
+    within = [pdist(sample[groups == group].reshape(10, -1).astype(np.float64)) ** 2 for group in range(3)]
+    assert scatter(sample, groups).spread == pytest.approx(np.sqrt(np.mean(within)))
+    assert scatter(sample, np.zeros(30, np.int64)).spread == pytest.approx(spread(sample))
+    apart = scatter(sample[groups == 1], groups[groups == 1]) + scatter(sample[groups != 1], groups[groups != 1])
+    assert apart.spread == pytest.approx(scatter(sample, groups).spread)
+
+
+def test_images_of_as_many_groups_have_no_scatter_to_speak_of():
+    assert scatter(images(0, 4), np.arange(4)).spread is None
+    assert scatter(np.repeat(images(0, 4), 2, axis=0), np.arange(8) // 2).spread == 0.0
 
 
 def test_spread_does_not_grow_with_the_number_of_images():
