@@ -114,8 +114,10 @@ def not_established(record: AuditRecord) -> list[str]:
         gaps.append("Each bound is over a family: prompts drawn at random from its list, and random latents. It does "
                     "not bound a single prompt, and no prompt outside the families, above all none that somebody "
                     "searched for.")  # fmt: skip
-        gaps.append("That a prompt has many pictures: the limit on spread is a family's, whose prompts differ. What is "
-                    "left of the teacher's variety within one prompt stands beside it; no limit is held to it.")  # fmt: skip
+        gaps.append(
+            "That a prompt has many pictures: the limit on spread is a family's, whose prompts differ. What "
+            "is left of the teacher's variety in one prompt stands beside it; no limit is held to it."
+        )
     return [
         *gaps,
         "The bounds hold for independent standard-normal latents, of which the plan's are a sample. A latent that "

@@ -9,8 +9,10 @@ from sfd_deploy.cli.main import exit_code_of
 from tests.audit.toy import Opener, World, forgetful, leaking, rough, seal_artefact, seal_run, stored
 
 SMALL = "name: small\nforget_samples: 500\noverride_samples: 500\nretained_samples: 80\nreference_samples: 80\n"
-ROW = {"name", "runtime", "precision", "bytes", "forget", "override_error", "override_share", "retained_accuracy",
-       "spread", "prompt_spread", "frechet", "psnr_db", "images_per_second", "speedup_over_teacher", "verdict"}  # fmt: skip
+ROW = {
+    "name", "runtime", "precision", "bytes", "forget", "override_error", "override_share", "retained_accuracy",
+    "spread", "prompt_spread", "frechet", "psnr_db", "images_per_second", "speedup_over_teacher", "verdict",
+}  # fmt: skip
 
 
 @pytest.fixture
