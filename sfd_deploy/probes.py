@@ -176,7 +176,7 @@ class Families(Labels):
         """All prompts, family after family; one that two families hold is there twice."""
         return tuple(chain.from_iterable(self.prompts))
 
-    def asked(self, labels: NDArray[np.int64], seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
+    def asked(self, labels: NDArray[np.int64], seeds: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of ``texts`` (B,) the images of ``seeds`` (B,) in families ``labels`` (B,) are drawn from.
 
         Seed s in a family of n prompts takes its prompt s mod n. Seeds are words of a hash, so a cell's prompts are

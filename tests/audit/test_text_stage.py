@@ -319,7 +319,7 @@ class OnePicture(TextOpener):
         runtime = super().__call__(sealed, texts, device, sampler)
         if sealed.manifest.kind == "generator":
             draw = runtime.draw
-            runtime.draw = lambda latents, labels: draw(Latents(labels.astype(np.uint64)), labels)
+            runtime.draw = lambda latents, labels: draw(Latents(labels), labels)
         return runtime
 
 

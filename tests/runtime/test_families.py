@@ -38,7 +38,7 @@ def test_a_seed_picks_one_of_its_own_family_s_prompts_and_stays_its_image_s():
     images = runtime.draw(Latents(np.array([0, 1, 2, 3, 0, 1, 2])), np.array([0, 0, 0, 0, 1, 1, 1]))
     assert recorder.asked == ("a", "b", "c", "a", "d", "e", "d")
     assert images.ravel().tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert FAMILIES.asked(np.array([0, 0, 1]), np.array([1, 3, 1], np.uint64)).tolist() == [1, 0, 4]
+    assert FAMILIES.asked(np.array([0, 0, 1]), np.array([1, 3, 1])).tolist() == [1, 0, 4]
 
 
 def test_every_prompt_is_asked_about_equally_often():
