@@ -47,6 +47,24 @@ def test_a_resumed_training_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, c
     assert resumed.record[-1]["step"] == 4
 
 
+def test_a_resumed_training_keeps_its_record_and_counts_its_skips_on(tmp_path: Path):
+    first = course(tmp_path / "a.safetensors")
+    first.record, first.loop.skipped = [{"step": 3}], 7
+    first.loop.skips_in_a_row = {"fake score": 4, "generator": 1}
+    first._save()
+    resumed = course(tmp_path / "a.safetensors")
+    assert (resumed.record, resumed.loop.skipped) == ([{"step": 3}], 7)
+    assert resumed.loop.skips_in_a_row == {"fake score": 4, "generator": 1}
+
+
+def test_at_the_start_the_recorded_gap_is_the_forget_rows_alone(tmp_path: Path):
+    """phi = psi = theta at the start: on retained rows they agree to rounding. So small a rate moves nothing."""
+    still = course(tmp_path / "a.safetensors", iterations=1, fake_score_rate=1e-9, generator_rate=1e-9)
+    still.run()
+    (row,) = still.record
+    assert row["gap_retained"] < 1e-6 * row["gap_forget"]
+
+
 class Written(dict[str, float]):
     """Stands for TensorBoard: the figures that were written."""
 
@@ -86,6 +104,15 @@ def test_an_estimate_is_given_before_the_first_step_and_leaves_no_trace(
     monkeypatch.setattr("sfd_deploy.training.steps.WORTH_ESTIMATING", 1)
     assert same_weights(without, course(tmp_path / "b.safetensors").run())
     assert "train: about" in capsys.readouterr().err
+
+
+def test_the_skips_of_an_estimates_own_steps_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sfd_deploy.training.steps.WORTH_ESTIMATING", 1)
+    diverging = course(tmp_path / "a.safetensors")
+    with torch.no_grad():
+        next(diverging.loop.teacher.parameters()).fill_(float("nan"))
+    diverging._estimate()
+    assert (diverging.loop.skipped, set(diverging.loop.skips_in_a_row.values())) == (0, {0})
 
 
 def test_ctrl_c_finishes_the_step_saves_and_the_rest_is_the_same(tmp_path: Path):
