@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from sfd_deploy.runs import Run, sealed_folder
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.inputs import load_start, open_inputs
 from sfd_deploy.training.kinds import resume
+from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.stage import train
 from tests.conftest import tiny_generator
 from tests.models.tiny import foreign_folder
@@ -177,26 +180,44 @@ def test_a_run_without_a_fake_score_starts_that_at_the_teacher(teacher: Sealed, 
     assert start.generator is not None
 
 
-def test_resuming_by_the_run_alone_ends_with_the_same_weights(
-    teacher: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from sfd_deploy.training.loop import SfdLoop
-
-    changed = config(teacher, forget={"square": "star"}, iterations=4, checkpoint_every=1)
-    whole = train(changed, tmp_path / "whole")
+@contextmanager
+def dying_in_step(last: int) -> Iterator[None]:
+    """Any training dies in step ``last``, and its death is expected."""
     original = SfdLoop.iterate
 
     def die(self: SfdLoop, step: int, watched: bool = False):
-        if step == 2:
+        if step == last:
             raise KeyboardInterrupt
         return original(self, step, watched)
 
-    monkeypatch.setattr(SfdLoop, "iterate", die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SfdLoop, "iterate", die)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def test_resuming_by_the_run_alone_ends_with_the_same_weights(teacher: Sealed, tmp_path: Path):
+    changed = config(teacher, forget={"square": "star"}, iterations=4, checkpoint_every=1)
+    whole = train(changed, tmp_path / "whole")
+    with dying_in_step(2):
         train(changed, tmp_path / "stopped")
-    monkeypatch.setattr(SfdLoop, "iterate", original)
     resumed = resume(tmp_path / "stopped")
     for name in ("generator", "fake-score"):
         assert equal(weights_of(whole.folder / name), weights_of(resumed.folder / name))
     with pytest.raises(RunError, match="no training to resume"):
         resume(tmp_path / "nothing")
+
+
+def test_an_unfinished_run_does_not_go_on_with_another_teacher_of_the_same_name(tmp_path: Path):
+    changed = config(seal_teacher(tmp_path / "teacher"), checkpoint_every=1, forget={"square": "star"})
+    with dying_in_step(1):
+        train(changed, tmp_path / "run")
+    seal_teacher(tmp_path / "teacher", seed=1)
+    with pytest.raises(ConfigError, match=r"another config \(inputs differ\)"):
+        train(changed, tmp_path / "run")
+
+
+def test_a_checkpoint_belongs_to_the_earlier_runs_fake_score_too(teacher: Sealed, distilled: Run):
+    found = open_inputs(config(teacher, init_from=str(distilled.folder), forget={"square": "star"}))
+    psi = verify(distilled.folder / "fake-score", "fake-score").digest
+    assert found.digests == {"inputs": [teacher.digest, distilled.generator().digest, psi]}
