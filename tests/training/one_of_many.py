@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,19 @@ VALUES = {"teacher": "unused", "iterations": 4, "retained_rows": 6, "forget_rows
 
 
 def train(folder: Path, changes: dict[str, Any], workers: Workers) -> dict[str, Any]:
-    """Train with its checkpoint in ``folder``; "poison" puts NaN into the teacher of the process of that number."""
+    """Train with its checkpoint in ``folder``.
+
+    In the process of that number, "poison" makes a gradient of the generator NaN, once gradients were exchanged, and
+    "interrupt" presses Ctrl-C in step 1. All processes die in the step "stop".
+    """
     changes = dict(changes)
-    poisoned, stop = changes.pop("poison", None), changes.pop("stop", None)
+    poisoned, interrupted, stop = (changes.pop(name, None) for name in ("poison", "interrupt", "stop"))
     config = TrainConfig.from_mapping(VALUES | changes, "test")
     loop = SfdLoop(config, TINY_LABELS, tiny_generator().denoiser, workers=workers)
     if poisoned == workers.index:
-        with torch.no_grad():
-            next(loop.teacher.parameters()).fill_(float("nan"))
+        loop._apply = poisoning(loop._apply)  # type: ignore[method-assign]
+    if interrupted == workers.index:
+        loop.generator_step = interrupting(loop.generator_step)  # type: ignore[method-assign]
     course = Course(loop, folder / "checkpoint.safetensors")
     course.record_every = 1
     if stop is not None:
@@ -40,7 +47,7 @@ def train(folder: Path, changes: dict[str, Any], workers: Workers) -> dict[str, 
     try:
         generator = course.run()
     except (DivergedError, KeyboardInterrupt) as error:
-        return {"stopped": type(error).__name__, "skipped": loop.skipped}
+        return {"stopped": type(error).__name__, "step": course.step, "skipped": loop.skipped}
     state = {"theta": generator, "psi": loop.fake_score}
     tensors = {f"{name}.{key}": value.contiguous() for name, net in state.items()
                for key, value in whole_state(net).items()}  # fmt: skip
@@ -48,6 +55,28 @@ def train(folder: Path, changes: dict[str, Any], workers: Workers) -> dict[str, 
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "weights.safetensors")
     return {"record": course.record, "processes": workers.count, "sharded": workers.is_sharded}
+
+
+def poisoning(apply: Any) -> Any:
+    """``apply``, shown NaN in a gradient of the generator in every step."""
+
+    def poisoned(name: str, network: torch.nn.Module, *arguments: Any) -> Any:
+        if name == "generator":
+            next(network.parameters()).grad.fill_(float("nan"))  # type: ignore[union-attr]
+        return apply(name, network, *arguments)
+
+    return poisoned
+
+
+def interrupting(generator_step: Any) -> Any:
+    """``generator_step``, with Ctrl-C in step 1."""
+
+    def interrupted(step: int, *arguments: Any) -> Any:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return generator_step(step, *arguments)
+
+    return interrupted
 
 
 def die_at(last: int, iterate: Any) -> Any:
@@ -77,6 +106,8 @@ def shard(workers: Workers) -> None:
 def main(folder: Path, scenarios: dict[str, dict[str, Any]]) -> None:
     """Every scenario in turn, in this process' part."""
     workers = Workers.here("cpu")
+    flags = workers.any_of(workers.index == 1, False, True)
+    (folder / f"flags-{workers.index}.json").write_text(json.dumps(flags))
     for name, changes in scenarios.items():
         if changes.pop("shard", False):
             shard(workers)
@@ -89,4 +120,5 @@ def main(folder: Path, scenarios: dict[str, dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    signal.alarm(200)  # where one goes on alone, it would wait for the other for ever
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))

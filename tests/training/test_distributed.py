@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # In this order: what comes after "sharded" runs under FSDP2.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {}, "parts": {"accumulate": 2}, "shared": {"share_generated": True}, "bf16": {"precision": "bf16"},
-    "poisoned": {"poison": 1, "iterations": 10}, "sharded": {"shard": True},
+    "poisoned": {"poison": 1, "iterations": 10}, "interrupted": {"interrupt": 1}, "sharded": {"shard": True},
     "killed": {"folder": "goes-on", "stop": 2}, "goes-on": {},
 }  # fmt: skip
 ALONE = Workers(torch.device("cpu"))
@@ -39,7 +39,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def found(folder: Path, name: str) -> tuple[Any, Any]:
     first, second = (json.loads((folder / f"{name}-{index}.json").read_text()) for index in (0, 1))
     return first, second
 
@@ -80,9 +80,20 @@ def test_they_end_with_the_weights_of_one(two_processes: Path, tmp_path: Path):
         )
 
 
+def test_a_flag_that_is_set_in_any_process_is_set_in_all(two_processes: Path):
+    """The first is the second process' alone, the second nobody's, the third both's."""
+    assert found(two_processes, "flags") == ([True, False, True], [True, False, True])
+
+
 def test_all_stop_together_when_one_of_them_diverges(two_processes: Path):
+    """Its gradient alone is NaN, as a shard's may be: the other one's steps are skipped with it."""
     first, second = found(two_processes, "poisoned")
-    assert first == second == {"stopped": "DivergedError", "skipped": 5}
+    assert first == second == {"stopped": "DivergedError", "step": 4, "skipped": 5}
+
+
+def test_all_stop_together_when_one_of_them_is_interrupted(two_processes: Path):
+    first, second = found(two_processes, "interrupted")
+    assert first == second == {"stopped": "KeyboardInterrupt", "step": 2, "skipped": 0}
 
 
 def test_a_sharded_training_goes_on_from_its_checkpoint_and_so_does_one_process(two_processes: Path, tmp_path: Path):
