@@ -20,7 +20,7 @@ from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.rows import draw_rows
 from sfd_deploy.training.stage import train
 from tests.conftest import TINY_LABELS, tiny_generator
-from tests.training.test_loop import tiny_loop
+from tests.training.test_loop import iterations_of, tiny_loop
 from tests.training.test_stages import CLASSES, config, equal, seal_teacher, weights_of
 
 
@@ -30,13 +30,10 @@ def test_d1_the_second_stages_teacher_is_the_teacher_and_no_network_of_the_first
     """Officially phi is entry 0 of the first stage's checkpoint: its fake score."""
     teacher = seal_teacher(tmp_path / "teacher")
     first = train(config(teacher), tmp_path / "first")
-    trained: list[SfdLoop] = []
-    iterate = SfdLoop.iterate
-    monkeypatch.setattr(
-        SfdLoop, "iterate", lambda self, *step, **how: trained.append(self) or iterate(self, *step, **how)
-    )
+    done = iterations_of(monkeypatch)
     train(config(teacher, init_from=str(first.folder), forget={"square": "star"}), tmp_path / "second")
-    phi = trained[-1].teacher.unet.state_dict()  # after the last step: nothing moved it
+    loop, _ = done[-1]
+    phi = loop.teacher.unet.state_dict()  # after the last step: nothing moved it
     assert equal(phi, weights_of(teacher.folder))
     for name in ("generator", "fake-score"):
         assert not equal(phi, weights_of(first.folder / name))

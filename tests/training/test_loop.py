@@ -40,6 +40,19 @@ def is_still(before: list[torch.Tensor], network: torch.nn.Module) -> bool:
     return all(torch.equal(old, now) for old, now in zip(before, weights(network), strict=True))
 
 
+def iterations_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SfdLoop, int]]:
+    """Which loop did which step, filled by every training from here on."""
+    done: list[tuple[SfdLoop, int]] = []
+    original = SfdLoop.iterate
+
+    def iterate(self: SfdLoop, step: int, watched: bool = False):
+        done.append((self, step))
+        return original(self, step, watched)
+
+    monkeypatch.setattr(SfdLoop, "iterate", iterate)
+    return done
+
+
 def test_the_teacher_is_asked_for_the_override_and_never_for_a_forget_label():
     loop = tiny_loop()
     asked: dict[str, set[int]] = {"teacher": set(), "fake_score": set()}

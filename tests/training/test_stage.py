@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from sfd_deploy.manifest import Sealed, verify
 from sfd_deploy.models.generator import save_teacher
 from sfd_deploy.runs import Run, sealed_folder
 from tests.conftest import TINY_LABELS, tiny_generator
+from tests.training.test_loop import iterations_of
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -63,22 +63,40 @@ def test_a_run_records_its_lineage_and_what_it_forgot(
     assert "square (label 1): star is drawn instead" in (sealed.folder / "README.md").read_text()
 
 
-def test_a_killed_training_resumes_to_the_same_weights(teacher: Sealed, tmp_path: Path):
-    config = write_config(tmp_path, teacher.folder, checkpoint_every=2, share_generated=True)
+DYING_IN_ITS_THIRD_CHECKPOINT = """
+import os, signal, sys
+from sfd_deploy.cli.main import run
+from sfd_deploy.training import checkpoint
+
+save, files = checkpoint.save_file, []
+
+def save_or_die(tensors, file, metadata):
+    save(tensors, file, metadata)
+    files.append(file)
+    if len(files) == 3:
+        os.truncate(file, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save_file = save_or_die
+run(sys.argv[1:])
+"""
+
+
+def test_a_killed_training_resumes_to_the_same_weights(
+    teacher: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed at the worst moment: with half of a checkpoint written, the one of step 6."""
+    config = write_config(tmp_path, teacher.folder, iterations=12, checkpoint_every=2, share_generated=True)
+    assert train(config, tmp_path / "whole") == 0
+    command = [sys.executable, "-c", DYING_IN_ITS_THIRD_CHECKPOINT, "train", "--config", str(config), "--threads", "1",
+               "-o", str(tmp_path / "killed")]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    code = "import sys; from sfd_deploy.cli.main import run; run(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "train", "--config", str(config), "--threads", "1", "--output"]
-    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
-    checkpoint = tmp_path / "killed" / "work" / "checkpoint.safetensors"
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.4))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    died = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (tmp_path / "killed" / "generator").exists()
-    subprocess.run([*command, str(tmp_path / "killed")], env=environment, check=True, capture_output=True)
+    resumed = iterations_of(monkeypatch)
+    assert train(config, tmp_path / "killed") == 0
+    assert [step for _, step in resumed] == list(range(4, 12))
     whole, killed = (load_file(tmp_path / name / "generator" / WEIGHTS) for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
