@@ -222,8 +222,8 @@ def test_diff_instruct_moves_each_image_by_minus_the_score_gap_over_omega_and_se
     by_image, *by_scores = torch.autograd.grad(loss.sum(), (x, x_phi, x_psi), allow_unused=True)
     omega = (x_phi - x).abs().mean((1, 2, 3), keepdim=True)
     torch.testing.assert_close(by_image, -(x_phi - x_psi) / omega)
-    assert loss.shape == (4,)
     assert by_scores == [None, None]
+    torch.testing.assert_close(loss, sid_loss(x, x_phi, x_psi, alpha=1.0))  # whose value it is, one per image
 
 
 def test_diff_instruct_ends_at_the_target_class():

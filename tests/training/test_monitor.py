@@ -223,12 +223,18 @@ def test_the_rule_puts_health_before_forgetting_before_accuracy(better, worse):
     assert rank(better) > rank(worse)
 
 
-def test_the_excuse_is_what_the_judges_error_on_real_override_images_makes_likely():
-    """2 of 100 override images called the forget label: of 40, up to 2 in 95 % of draws (binomial, by hand)."""
+def judge_that_calls(mistaken: int) -> Judge:
+    """Real images: 100 a class, ``mistaken`` of the last called the second. Drawn ones are called by their value."""
     truth = np.repeat([0, 1, 2, 3], 100)
     called = truth.copy()
-    called[300:302] = 1
-    judge: Judge = SimpleNamespace(held_out=np.stack([truth, called]), class_names=NAMES)  # type: ignore[assignment]
+    called[300 : 300 + mistaken] = 1
+    look = lambda images: (images[:, 0, 0, 0].astype(int), None)
+    return SimpleNamespace(held_out=np.stack([truth, called]), class_names=NAMES, look=look)  # type: ignore[return-value]
+
+
+def test_the_excuse_is_what_the_judges_error_on_real_override_images_makes_likely():
+    """2 of 100 override images called the forget label: of 40, up to 2 in 95 % of draws (binomial, by hand)."""
+    judge = judge_that_calls(mistaken=2)
     at_most = [sum(_binomial(40, k, 0.02) for k in range(hits + 1)) for hits in range(4)]
     assert at_most[1] < 0.95 < at_most[2]
     assert excused_bound(Experts.of(judge, LABELS), 1, 40) == pytest.approx(beta.ppf(0.95, 3, 38))
@@ -236,6 +242,24 @@ def test_the_excuse_is_what_the_judges_error_on_real_override_images_makes_likel
     # The mixture may draw 2 or 3: one error in 100 on average, at most 2 of 40.
     assert excused_bound(Experts.of(judge, several), 1, 40) == pytest.approx(beta.ppf(0.95, 3, 38))
     assert excused_bound(Experts.of(judge, several), 0, 40) == pytest.approx(beta.ppf(0.95, 1, 40))
+
+
+@pytest.mark.parametrize("hits", [{0: 6, 1: 3}, {0: 3, 1: 6}])
+def test_of_several_forget_labels_the_worst_rate_and_the_largest_excuse_count(hits: dict[int, int]):
+    """10 of 100 override images called label 1, none label 0: of 40, up to 7 in 95 % of draws (binomial)."""
+    labels = Labels(class_names=NAMES, forget={0: 2, 1: 3})
+
+    def draw(label: int, count: int) -> np.ndarray:
+        shown = np.full(count, labels.forget.get(label, label), np.float32)
+        shown[: hits.get(label, 0)] = label
+        return np.broadcast_to(shown[:, None, None, None], (count, 1, 2, 2)).copy()
+
+    rating = Rating(Experts.of(judge_that_calls(mistaken=10), labels), 40, draw)
+    rating.look(1, draw)
+    (found,) = rating.looks
+    assert found.forget_rate == 6 / 40
+    assert found.forget_bound == pytest.approx(beta.ppf(0.95, 7, 34))
+    assert found.excused_bound == pytest.approx(beta.ppf(0.95, 8, 33))
 
 
 def _binomial(n: int, k: int, p: float) -> float:
