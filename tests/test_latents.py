@@ -46,6 +46,15 @@ def test_latents_are_standard_normal():
     assert stats.kstest(values, "norm").pvalue > 0.01
 
 
+def test_an_images_seed_is_the_sha256_of_its_stream_seed_and_index():
+    # printf audit/3/7 | sha256sum begins with 96f9624974549289; its first bit is dropped.
+    assert stream_seeds("audit", 3, 7, 1).tolist() == [0x16F9624974549289]
+
+
+def test_another_seed_of_a_stream_shares_no_image():
+    assert not set(stream_seeds("audit", 0, 0, 500)) & set(stream_seeds("audit", 1, 0, 500))
+
+
 def test_streams_share_no_seed():
     select, audit = (set(stream_seeds(name, 0, 0, 2000).tolist()) for name in ("select", "audit"))
     assert not select & audit

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from sfd_deploy.errors import DigestError, LabelError
 from sfd_deploy.measure.judges import FeatureStatistics, Judge, either_matrix, open_judge, require_same_classes
+from sfd_deploy.measure.sealing import Measured
 from tests.audit.toy import NAMES, real_images, seal_judge
 
 
@@ -35,6 +39,23 @@ def test_the_batch_an_image_is_shown_in_changes_nothing(judge):
     whole, parts = judge.look(images), judge.look(images, batch=5)
     assert np.array_equal(whole[0], parts[0])
     assert whole[1] == pytest.approx(parts[1], abs=1e-5)
+
+
+def test_a_judge_is_shown_images_clamped_to_their_range(judge):
+    seen: list[torch.Tensor] = []
+
+    def see(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(images)
+        return torch.zeros(len(images)), torch.zeros(len(images), 1)
+
+    replace(judge, sight=SimpleNamespace(see=see)).look(np.array([-3, 0.5, 7], np.float32).reshape(3, 1, 1, 1))
+    assert seen[0].flatten().tolist() == [-1, 0.5, 1]
+
+
+def test_a_judges_card_has_the_truth_in_rows_and_what_was_called_in_columns():
+    truth, called = np.array([0, 0, 0, 1]), np.array([0, 1, 1, 1])
+    found = Measured(("a", "b"), truth, called, np.zeros((4, 2), np.float32))
+    assert found.facts["confusion"] == [[1, 2], [0, 1]]
 
 
 def test_a_flipped_byte_in_the_weights_is_refused(tmp_path):
@@ -68,9 +89,7 @@ def test_a_judge_of_other_classes_is_refused_by_name(judge):
 def test_either_matrix_counts_an_image_once_for_each_class_some_judge_calls_it(judge):
     def says(called: list[int]) -> Judge:
         truth = [0, 0, 1, 1]
-        return Judge(
-            judge.name, judge.digest, ("a", "b"), judge.classifier, judge.reference, np.array([truth, called]), 1.0
-        )
+        return replace(judge, class_names=("a", "b"), held_out=np.array([truth, called]))
 
     matrix = either_matrix([says([0, 1, 1, 1]), says([0, 0, 1, 0])])
     assert matrix.tolist() == [[1.0, 0.5], [0.5, 1.0]]

@@ -97,6 +97,14 @@ def test_edm_euler_agrees_with_diffusers_own_preconditioning():
     assert (denoiser.unet.timestep - scheduler.precondition_noise(sigma)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("sigma", [0.01, 0.5])
+def test_a_consistency_models_coefficients_are_the_papers(sigma):
+    """arXiv 2303.01469, appendix C, for sigma_data = 0.5 and epsilon = 0.002."""
+    found = EdmDenoiser(nn.Identity(), 0.5, sigma_min=0.002).coefficients(torch.tensor(sigma, dtype=torch.float64))
+    assert found.skip.item() == pytest.approx(0.5**2 / ((sigma - 0.002) ** 2 + 0.5**2), rel=1e-12)
+    assert found.gain.item() == pytest.approx(0.5 * (sigma - 0.002) / math.sqrt(0.5**2 + sigma**2), rel=1e-12)
+
+
 def test_flow_agrees_with_diffusers_own_step_to_the_end():
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[0.625])
@@ -135,6 +143,14 @@ def test_the_ddpm_schedule_has_the_papers_noise_levels():
     )
     assert denoiser.nearest_sigma(denoiser.nearest_sigma(2.5)) == denoiser.nearest_sigma(2.5)
     assert exact_denoiser("edm").nearest_sigma(2.5) == exact_denoiser("flow").nearest_sigma(2.5) == 2.5
+
+
+@pytest.mark.parametrize("timestep", [0, 38, 440, 710, 900])
+def test_the_nearest_timestep_is_the_nearest_by_ratio(timestep):
+    """Between the geometric and the arithmetic mean of two noise levels, the upper is nearer by ratio alone."""
+    denoiser = exact_denoiser("epsilon")
+    low, high = denoiser.log_sigmas[timestep : timestep + 2].exp().tolist()
+    assert denoiser.nearest_timestep((math.sqrt(low * high) + (low + high) / 2) / 2) == timestep + 1
 
 
 def test_a_zero_terminal_snr_leaves_only_finite_noise_levels():

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from sfd_deploy.evidence import ArtefactRecord, Count, Figures, TeacherFigures
+from sfd_deploy.evidence import ArtefactRecord, Count, Figures, GuidedTeacherFigures, TeacherFigures
 from sfd_deploy.labels import Labels
 from sfd_deploy.measure.rates import lower_bound, upper_bound
 from sfd_deploy.policy.plan import Policy
-from sfd_deploy.policy.verdict import exit_code, judge
+from sfd_deploy.policy.verdict import exit_code, judge, override_floor
+from sfd_deploy.probes import Families
 
 LABELS = Labels(class_names=("coat", "trouser", "bag"), forget={1: 2})
 TEACHER = TeacherFigures(
@@ -40,6 +41,12 @@ def verdict_of(found: Figures, policy: Policy = POLICY, precision: str = "fp32")
 def test_limits_met_exactly_pass_without_a_reason():
     assert judge(figures(), TEACHER, LABELS, POLICY, "fp32").reasons == ()
     assert verdict_of(figures()) == "pass"
+
+
+def test_a_limit_met_exactly_is_met_whatever_floating_point_makes_of_it():
+    """0.437 - 0.03 is 0.40700000000000003."""
+    teacher = TEACHER.model_copy(update={"retained_accuracy": 0.437})
+    assert judge(figures(retained_accuracy=0.407), teacher, LABELS, POLICY, "fp32").verdict == "pass"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,27 @@ def test_every_forget_label_must_become_its_override():
                   TEACHER, two, POLICY, "fp32")  # fmt: skip
     assert found.verdict == "fail"
     assert "shoe" in found.reasons[0]
+
+
+def test_a_mixtures_floor_is_the_teachers_mean_over_what_may_be_drawn():
+    assert override_floor(TEACHER, POLICY, (0, 2)) == pytest.approx((0.85 + 0.95) / 2 - 0.05)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    # At 99 %, 27 of 60 (45 %) leave the share above 30.0 %, 34 above 40.9 % (Clopper-Pearson); 40 % is wanted.
+    [(27, "inconclusive"), (34, "pass")],
+)
+def test_the_control_counts_by_its_lower_bound_and_not_as_read(seen, expected):
+    families = Families(class_names=("training prompts", "bag"), forget={0: "mixture"}, shows=("sandal", "bag"),
+                        prompts=(("a sandal",), ("a bag",)), stand_ins=(1,), control=0.4)  # fmt: skip
+    teacher = GuidedTeacherFigures.model_validate(
+        TEACHER.model_dump() | {"settings": {}, "concept_by_label": {0: counted(seen, 60)}}
+    )
+    clean = figures(forget_by_label={0: counted(0)}, override_share_by_label={0: 0.9})
+    found = judge(clean, teacher, families, POLICY, "fp32")
+    assert found.verdict == expected
+    assert len(found.reasons) == (expected == "inconclusive")
 
 
 def row(name: str, verdict: str, kind: str = "artefact") -> ArtefactRecord:
