@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.measured import Sizes
+from benchmarks.measured import Looked, Measured, Sizes
 from benchmarks.workshop import Workshop
+from sfd_deploy.audit.figures import count
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.judge import JudgeConfig
 from sfd_deploy.training.teacher import TeacherConfig
@@ -46,6 +48,19 @@ def calls_to(monkeypatch: pytest.MonkeyPatch, name: str, place: int) -> list[Any
 
     monkeypatch.setattr(name, call)
     return asked
+
+
+def looked(rates: list[list[int]]) -> Looked:
+    return Looked(called=tuple(tuple(row) for row in rates))
+
+
+def measured(forget_hits: int, n: int, right: int, images: int = 100, spread: float = 1.0) -> Measured:
+    """A row whose first ``right`` of ``images`` are right, by both judges, for label 0."""
+    called = [[0] * right + [1] * (images - right)] * 2
+    hits = np.arange(n) < forget_hits
+    return Measured(
+        forget={1: count(hits, 0.99)}, retained={0: looked(called)}, spread={0: spread}, frechet=1.0, seconds=60.0
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

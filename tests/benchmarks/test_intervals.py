@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from benchmarks.intervals import of_rates, over_samples, over_seeds
 
@@ -37,6 +37,13 @@ def test_one_seed_has_a_difference_and_no_interval():
     assert found.value == pytest.approx(-0.004)
     assert math.isnan(found.low)
     assert str(found) == "-0.40 points"
+
+
+def test_the_interval_over_many_images_is_the_paired_t_test_s():
+    pairs = np.random.default_rng(0).integers(-1, 2, 4000).astype(float)
+    expected = ttest_1samp(pairs, 0).confidence_interval(0.95)
+    found = over_samples(pairs.reshape(1, 1, -1))
+    assert (found.low, found.high) == (pytest.approx(expected.low, rel=1e-3), pytest.approx(expected.high, rel=1e-3))
 
 
 def test_the_interval_over_images_covers_the_true_difference_as_often_as_it_says():

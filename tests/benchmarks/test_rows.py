@@ -9,8 +9,9 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import expect, page, rows_table
+from benchmarks import rows as rows_module
+from benchmarks.intervals import Difference
 from benchmarks.ledger import Ledger
-from benchmarks.measured import PURPOSES, STRETCH, Looked, Measured, Remapped, draw, measure, spread_ratio
 from benchmarks.rows import (
     ROWS,
     Rows,
@@ -22,56 +23,14 @@ from benchmarks.rows import (
     open_rows,
     wanted_rows,
 )
-from benchmarks.rows_table import Facts, criteria
+from benchmarks.rows_table import criteria
 from benchmarks.workshop import Workshop, replaced
-from sfd_deploy.audit.figures import count
 from sfd_deploy.errors import ConfigError, DataError
-from sfd_deploy.labels import Labels
-from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import verify
-from sfd_deploy.runtime import open_runtime
 from sfd_deploy.training.data import LabelledImages
 from tests.benchmarks.conftest import TINY_SIZES, calls_to, tiny_workshop
 
 ALL = wanted_rows(",".join(ROWS), 1)
-
-
-class FakeRuntime:
-    """Draws images whose every value is the label, and remembers what it was asked."""
-
-    name, image_shape = "fake", (1, 2, 2)
-
-    def __init__(self) -> None:
-        self.settings: dict[str, object] = {}
-        self.asked: list[tuple[int, int]] = []
-
-    def draw(self, latents: Latents, labels: np.ndarray) -> np.ndarray:
-        self.asked += list(zip(latents.seeds.tolist(), labels.tolist(), strict=True))
-        return np.broadcast_to(labels[:, None, None, None], (len(labels), 1, 2, 2)).astype(np.float32)
-
-    def close(self) -> None: ...
-
-
-def looked(rates: list[list[int]]) -> Looked:
-    return Looked(called=tuple(tuple(row) for row in rates))
-
-
-def measured(forget_hits: int, n: int, right: int, images: int = 100, spread: float = 1.0) -> Measured:
-    """A row whose first ``right`` of ``images`` are right, by both judges, for label 0."""
-    called = [[0] * right + [1] * (images - right)] * 2
-    hits = np.arange(n) < forget_hits
-    return Measured(
-        forget={1: count(hits, 0.99)}, retained={0: looked(called)}, spread={0: spread}, frechet=1.0, seconds=60.0
-    )
-
-
-def facts(sfd: dict[int, Measured], plain: dict[int, Measured], error: int, shipped: bool = False) -> Facts:
-    seeds = sorted(sfd.keys() | plain.keys())
-    teacher_of = {seed: 0 if shipped else seed for seed in seeds}
-    errors = {teacher: {1: looked([[1] * error + [0] * (1000 - error)] * 2)} for teacher in teacher_of.values()}
-    rows = {"teacher": dict.fromkeys(teacher_of.values(), measured(90, 100, 99)), "distilled": plain, "sfd": sfd}
-    labels = Labels(class_names=("zero", "one"), forget={1: 0})
-    return Facts(labels, TINY_SIZES, rows, teacher_of, errors, shipped)
 
 
 def test_one_command_makes_all_rows_and_a_second_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -106,68 +65,6 @@ def assert_rows_are_what_they_say(rows: Rows) -> None:
     assert rows.row("remap", 0).seconds == rows.row("distilled", 0).seconds
 
 
-def test_the_remapped_baseline_asks_for_the_override_on_the_forget_label_s_own_latents():
-    plain, routed = FakeRuntime(), FakeRuntime()
-    draw(plain, "forget", 1, 70)
-    images = draw(Remapped(routed, {1: 0}), "forget", 1, 70)
-    assert [seed for seed, _ in plain.asked] == [seed for seed, _ in routed.asked]
-    assert {label for _, label in routed.asked} == {0}
-    assert set(np.unique(images)) == {0.0}
-
-
-def test_no_two_cells_share_a_latent_and_select_shares_none_with_audit():
-    runtime = FakeRuntime()
-    for purpose in PURPOSES:
-        for label in (0, 1, 9):
-            draw(runtime, purpose, label, 3)
-            draw(runtime, purpose, label, 3, "select")
-    seeds = [seed for seed, _ in runtime.asked]
-    assert len(set(seeds)) == len(seeds)
-    first = Latents.of_stream("audit", 0, (2 * 1000 + 9) * STRETCH, 1).seeds.item()
-    assert first in seeds
-
-
-def test_retained_accuracy_is_the_mean_over_labels_of_the_judge_that_agrees_least():
-    result = measured(0, 10, 0).model_copy(
-        update={"retained": {0: looked([[0, 0, 0, 1], [0, 1, 1, 1]]), 2: looked([[2, 2, 2, 2], [2, 2, 2, 0]])}}
-    )
-    assert result.retained_accuracy == pytest.approx((0.25 + 0.75) / 2)
-
-
-def test_spread_is_the_least_label_s_over_the_teacher_s():
-    teacher = measured(0, 10, 5).model_copy(update={"spread": {0: 2.0, 2: 4.0}})
-    assert spread_ratio(teacher.model_copy(update={"spread": {0: 1.8, 2: 2.0}}), teacher) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("sfd_right", "hits", "missed"),
-    [(960, 6, []), (949, 6, ["retained accuracy"]), (960, 12, ["judges' error"]), (940, 12, ["retained", "judges'"])],
-)
-def test_the_criteria_are_a_loss_of_one_point_and_half_a_point_above_the_judges_error(sfd_right, hits, missed):
-    """Plain distillation is right on 960 of 1,000; the judges' error is 2 of 1,000."""
-    sfd, plain = measured(hits, 1000, sfd_right, 1000), measured(900, 1000, 960, 1000)
-    found = criteria(facts({0: sfd}, {0: plain}, error=2)).missed
-    assert len(found) == len(missed)
-    assert all(word in line for word, line in zip(missed, found, strict=True))
-
-
-def test_seeds_are_paired_and_a_shared_teacher_s_error_counts_once():
-    sfd = {seed: measured(3, 1000, 940 + seed, 1000) for seed in (0, 1)}
-    plain = {seed: measured(900, 1000, 942 + 3 * seed, 1000) for seed in (0, 1)}
-    shared, apart = (criteria(facts(sfd, plain, 2, shipped)) for shipped in (True, False))
-    assert shared.retained_seeds is not None
-    assert shared.retained_seeds.value == pytest.approx(-0.003)
-    assert shared.excess is not None
-    assert apart.excess is not None
-    assert shared.excess.value == pytest.approx(0.001)
-    assert shared.excess.high - shared.excess.low > apart.excess.high - apart.excess.low
-
-
-def test_missing_rows_leave_their_criterion_unmeasured():
-    found = criteria(facts({}, {0: measured(9, 10, 9)}, 0))
-    assert (found.retained_seeds, found.excess, found.missed) == (None, None, [])
-
-
 def test_override_images_stand_in_for_the_forget_label_s_and_nothing_else_changes():
     images = np.arange(7, dtype=np.uint8).reshape(7, 1, 1, 1)
     data = LabelledImages(images, np.array([0, 1, 1, 2, 1, 0, 2]), ("a", "b", "c"))
@@ -191,21 +88,30 @@ def test_images_that_a_later_row_needs_are_missed_before_the_first_is_made(tmp_p
     assert not list((tmp_path / "out").glob("seed-*"))
 
 
+@pytest.mark.parametrize(("excess", "code"), [(0.0051, 1), (0.0049, 0)])
+def test_a_missed_criterion_exits_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, excess: float, code: int):
+    monkeypatch.setattr("benchmarks.rows.expected_minutes", lambda *_: 0.0)
+    for name in ("open_rows", "require_images", "make_all", "facts_of"):
+        monkeypatch.setattr(f"benchmarks.rows.{name}", lambda *_: None)
+    monkeypatch.setattr(rows_table, "criteria", lambda _: rows_table.Criteria(None, None, Difference(excess, 0, 0.01)))
+    monkeypatch.setattr(rows_table, "text", lambda *_: "the table")
+    result = CliRunner().invoke(command, ["--data", "digits", "-o", str(tmp_path)], standalone_mode=False)
+    assert result.exception is None, result.output
+    assert result.return_value == code
+
+
+def test_the_judges_error_is_seen_on_a_stretch_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    original = rows_module.look_at
+    monkeypatch.setattr(rows_module, "look_at", lambda *how: asked.append(how[1:4]) or original(*how))
+    Rows(tiny_workshop(tmp_path), Ledger(tmp_path / "results", {}), TINY_SIZES).judges_error(0)
+    assert asked == [("override", 0, TINY_SIZES.override)]
+
+
 def test_expected_time_is_work_times_cost():
     work, cost = expect.Work(10, 100, 1000, 20), expect.Work(0.5, 0.01, 0.001, 0.1)
     assert work.seconds(cost) == pytest.approx(5 + 1 + 1 + 2)
     assert (work + work).teacher_draws == 40
-
-
-def test_a_model_s_figures_come_from_the_cells_they_name(tmp_path: Path):
-    """The judges are real and tiny; hits are recounted by hand from the same images."""
-    shop = tiny_workshop(tmp_path)
-    runtime = open_runtime(expect._untrained(shop, tmp_path / "teacher"))
-    found = measure(runtime, [1], [0, 2], shop.judges, TINY_SIZES, 0.0)
-    called = [judge.look(draw(runtime, "forget", 1, TINY_SIZES.forget))[0] for judge in shop.judges]
-    assert found.forget[1].hits == sum(1 in pair for pair in zip(*called, strict=True))
-    assert found.forget[1].n == TINY_SIZES.forget
-    assert {label: len(item.called[0]) for label, item in found.retained.items()} == {0: 4, 2: 4}
 
 
 def test_one_command_makes_the_padded_rows_their_picture_and_their_page(tmp_path: Path, monkeypatch):
