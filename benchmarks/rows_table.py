@@ -12,6 +12,7 @@ from benchmarks import page
 from benchmarks.intervals import Difference, of_rates, over_samples, over_seeds
 from benchmarks.measured import Looked, Measured, Sizes, spread_ratio
 from sfd_deploy.labels import Labels
+from sfd_deploy.policy.verdict import ROUNDING
 
 TITLES = {
     "teacher": "teacher", "distilled": "distilled only", "sfd": "**SFD**", "two-stage": "SFD two-stage",
@@ -85,9 +86,9 @@ class Criteria:
     def missed(self) -> list[str]:
         """What was missed, in words."""
         missed = []
-        if self.retained_seeds is not None and self.retained_seeds.value < -MAX_RETAINED_LOSS:
+        if self.retained_seeds is not None and self.retained_seeds.value < -MAX_RETAINED_LOSS - ROUNDING:
             missed.append(f"SFD loses more than {100 * MAX_RETAINED_LOSS:g} point of retained accuracy")
-        if self.excess is not None and self.excess.value > MAX_FORGET_EXCESS:
+        if self.excess is not None and self.excess.value > MAX_FORGET_EXCESS + ROUNDING:
             missed.append(f"SFD's forget rate is more than {100 * MAX_FORGET_EXCESS:g} points above the judges' error")
         return missed
 

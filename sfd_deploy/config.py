@@ -51,7 +51,7 @@ class StageConfig(BaseModel):
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 5) -> str:
     """The keys at which two configs differ, in words: "alpha, seed and 3 more"; empty if they are the same."""
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    keys = sorted(key for key in old.keys() | new.keys() if key not in old or key not in new or old[key] != new[key])
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 

@@ -93,8 +93,8 @@ class LoopConfig(StageConfig):
         return self
 
     def bound(self) -> dict[str, Any]:
-        """The values that a checkpoint and a finished run belong to."""
-        return self.resolved()
+        """The values that a checkpoint and a finished run belong to; in how many parts a batch goes changes none."""
+        return {key: value for key, value in self.resolved().items() if key != "accumulate"}
 
     def rows(self, conditions: Conditions) -> int:
         """Rows of one whole batch."""
@@ -117,6 +117,13 @@ class TrainConfig(LoopConfig):
         None, description="a judge folder; for the mixture: how likely is each retained label at a noisy image"
     )
     monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training, and how often")
+
+    def bound(self) -> dict[str, Any]:
+        """Of what is watched only when a judge looks and at how much: that picks the step which is exported."""
+        values = {key: value for key, value in super().bound().items() if key != "monitor"}
+        if self.monitor.judge is None:
+            return values
+        return values | {"looks": {"every": self.monitor.every, "samples": self.monitor.samples}}
 
     @field_validator("forget", mode="before")
     @classmethod

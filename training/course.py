@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sfd_deploy.models.generator import OneStepGenerator
-from sfd_deploy.progress import LOGGER, progress_bar
+from sfd_deploy.progress import LOGGER, progress_bar, stderr_console
 from sfd_deploy.training.checkpoint import Checkpoint
 from sfd_deploy.training.distributed import whole_state
 from sfd_deploy.training.gaps import gap_figures
@@ -102,7 +102,11 @@ class Course:
         with saying_what_fits(self.loop):
             self._estimate()
             self._iterate_to_the_end()
-        return self.best if self.best is not None else self.loop.averaged()
+        if self.loop.skipped and self.loop.workers.is_main:
+            steps = f"{self.loop.skipped} of {2 * self.loop.config.iterations} steps skipped: non-finite gradients"
+            stderr_console().print(f"train: {steps}", highlight=False)
+        looked = self.rating is not None and self.rating.best is not None
+        return self.best if self.best is not None and looked else self.loop.averaged()
 
     @property
     def exported(self) -> dict[str, Any]:

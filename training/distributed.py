@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,6 +22,8 @@ from sfd_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+LONGEST_WAIT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,17 @@ class Workers:
         """A process alone on ``device``, or this one of those that ``accelerate launch`` or ``torchrun`` started."""
         if "LOCAL_RANK" not in os.environ:
             return cls(torch.device(device))
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         # Our own config decides on autocast, so that every launcher gives the same arithmetic.
         accelerator = Accelerator(
             mixed_precision="no", cpu=device == "cpu",
-            # Buffers are constants; among them may be gigabytes of encoded prompts, broadcast in every call.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                # Buffers are constants; among them may be gigabytes of encoded prompts, broadcast in every call.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                # One process looks and seals while the others wait: longer than the ten minutes that NCCL gives them.
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
         )  # fmt: skip
         return cls(accelerator.device, accelerator.num_processes, accelerator.process_index, accelerator)
 
@@ -76,7 +83,7 @@ class Workers:
 
     @contextmanager
     def gathering(self, network: nn.Module, last: bool) -> Iterator[None]:
-        """Exchange gradients only in the ``last`` backward pass of a step."""
+        """Exchange gradients only after the ``last`` part of a step; DDP decides so in the forward pass."""
         if self.accelerator is None or last:
             yield
         else:

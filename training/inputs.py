@@ -25,7 +25,6 @@ from sfd_deploy.training.loop import Start
 
 FAKE_SCORE: Final = "fake-score"
 OTHER_FOLDER: Final = "choose another --output folder"
-LEVEL_SLACK = 1e-2  # a schedule's last level is often written with fewer digits than it has
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,8 @@ def open_run_of(teacher: Sealed, name: str) -> Earlier:
 
 def _fake_score_of(run: Run, generator: Sealed) -> Sealed | None:
     if not (run.folder / FAKE_SCORE / MANIFEST).is_file():
+        if generator.facts.get("fake_score") is not None:
+            raise RunError(f"{run.folder / FAKE_SCORE}: missing, and this run's generator had one", "restore it")
         LOGGER.info("%s has no fake score: it starts at the teacher", run.folder)
         return None
     found = verify(run.folder / FAKE_SCORE, FAKE_SCORE)
@@ -188,23 +189,6 @@ def require_same_level(generator: Sealed, sigma_init: float, config: LoopConfig,
         raise RunError(
             f"{generator.folder}: draws at sigma_init {sigma_init:g}, the config says {config.sigma_init:g}",
             "keep the earlier run's: it is part of the model",
-        )
-
-
-def require_known_levels(config: LoopConfig, teacher: Denoiser) -> None:
-    """Refuse noise levels that the teacher's schedule does not reach; the nearest it has would stand for them.
-
-    Raises:
-        ConfigError: naming the key and the schedule's ends.
-    """
-    low, high = teacher.sigma_range
-    known = f"the teacher's schedule goes from {low:.4g} to {high:.4g}"
-    if not low * (1 - LEVEL_SLACK) <= config.sigma_init <= high * (1 + LEVEL_SLACK):
-        raise ConfigError(f"sigma_init {config.sigma_init:g}: {known}", "set sigma_init to a level between them")
-    if config.sigma_min >= high or config.sigma_max <= low:
-        raise ConfigError(
-            f"sigma_min {config.sigma_min:g} to sigma_max {config.sigma_max:g}: {known}",
-            "set them so that some of it is between",
         )
 
 

@@ -73,7 +73,7 @@ class SfdLoop:
         guidance: of teacher and fake score; the generator is never guided.
 
     Raises:
-        ConfigError: the batch cannot be split, or the one step's noise level is none that the teacher knows.
+        ConfigError: the batch cannot be split, or noise levels are none that the teacher knows.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class SfdLoop:
         workers.require_rows(config.rows(labels), config.accumulate)
         self.config, self.labels, self.classify, self.workers = config, labels, classify, workers
         self.guidance = guidance
-        self.sigma_init = _require_known_level(teacher, config.sigma_init)
+        _require_known_levels(config, teacher)
+        self.sigma_init = teacher.nearest_sigma(config.sigma_init)
         self.shape = image_shape(teacher.unet)
         self.dtype = next(teacher.parameters()).dtype
         self.teacher = teacher.to(workers.device).eval().requires_grad_(False)
@@ -132,9 +133,11 @@ class SfdLoop:
             else:
                 asked, x = shared[0], shared[1].detach()
             noisy, sigma = self._renoise(x, rows)
-            x_psi = self.guidance.ask_fake_score(partial(self._predict, self.psi), noisy, sigma, asked, fitting=True)
-            loss = fake_score_loss(x, x_psi, self.teacher.fit_weight(sigma))
-            self._backward(self.psi, asked.weights * loss, last=len(passes) + 1 == self.config.accumulate)
+            ask = partial(self._predict, self.psi)
+            with self.workers.gathering(self.psi, last=len(passes) + 1 == self.config.accumulate):
+                x_psi = self.guidance.ask_fake_score(ask, noisy, sigma, asked, fitting=True)
+                loss = fake_score_loss(x, x_psi, self.teacher.fit_weight(sigma))
+                self._backward(asked.weights * loss)
             passes.append(Pass(asked, sigma, x, x_psi.detach(), loss.detach()))
         self._apply("fake score", self.fake_score, self.fake_score_adam, step, watched)
         return passes
@@ -145,14 +148,15 @@ class SfdLoop:
         self.generator_adam.zero_grad(set_to_none=True)
         passes: list[Pass] = []
         for rows in self._parts("generator", step):
-            x = self._generate(rows) if shared is None else shared[1]
             ask = partial(self._predict, self.fake_score)
-            with torch.set_grad_enabled(self.config.objective == "sid"):
-                noisy, sigma = self._renoise(x, rows)
-                x_psi = self.guidance.ask_fake_score(ask, noisy, sigma, rows, fitting=False)
-                x_phi = self._ask_teacher(rows, noisy, sigma, x_psi)
-            loss = self._generator_loss(x, x_phi, x_psi)
-            self._backward(self.theta, rows.weights * loss, last=len(passes) + 1 == self.config.accumulate)
+            with self.workers.gathering(self.theta, last=len(passes) + 1 == self.config.accumulate):
+                x = self._generate(rows) if shared is None else shared[1]
+                with torch.set_grad_enabled(self.config.objective == "sid"):
+                    noisy, sigma = self._renoise(x, rows)
+                    x_psi = self.guidance.ask_fake_score(ask, noisy, sigma, rows, fitting=False)
+                    x_phi = self._ask_teacher(rows, noisy, sigma, x_psi)
+                loss = self._generator_loss(x, x_phi, x_psi)
+                self._backward(rows.weights * loss)
             passes.append(Pass(rows, sigma, x.detach(), x_psi.detach(), loss.detach(), x_phi.detach()))
         if self._apply("generator", self.generator, self.generator_adam, step, watched):
             self.ema.update(self.generator, step)
@@ -215,10 +219,9 @@ class SfdLoop:
         with autocast(self.workers.device.type, self.config.precision):
             return cast(Tensor, self.compiled.get(denoiser, denoiser)(noisy, sigma, labels))
 
-    def _backward(self, network: nn.Module, weighted: Tensor, last: bool) -> None:
-        with self.workers.gathering(network, last):
-            # DDP and FSDP average over processes; the batch's loss is the sum of all rows.
-            (weighted.sum() * self.workers.count).backward()
+    def _backward(self, weighted: Tensor) -> None:
+        # DDP and FSDP average over processes; the batch's loss is the sum of all rows.
+        (weighted.sum() * self.workers.count).backward()
 
     def _apply(self, name: str, network: nn.Module, adam: torch.optim.Optimizer, step: int, watched: bool) -> bool:
         gradients = [local(p.grad) for p in network.parameters() if p.grad is not None]
@@ -250,10 +253,11 @@ def _adam(network: nn.Module, rate: float) -> torch.optim.Adam:
     return torch.optim.Adam(network.parameters(), lr=rate, betas=(0.0, 0.999), fused=True)
 
 
-def _require_known_level(teacher: Denoiser, sigma_init: float) -> float:
+def _require_known_levels(config: LoopConfig, teacher: Denoiser) -> None:
     low, high = teacher.sigma_range
-    if not low <= sigma_init <= high:
-        raise ConfigError(
-            f"sigma_init {sigma_init:g} is none of the teacher's noise levels", f"take one in {low:.3g} to {high:.3g}"
-        )
-    return teacher.nearest_sigma(sigma_init)
+    known = f"the teacher's noise levels go from {low:.4g} to {high:.4g}"
+    if not low <= config.sigma_init <= high:
+        raise ConfigError(f"sigma_init {config.sigma_init:g}: {known}", "set sigma_init to one of them")
+    if config.sigma_min >= high or config.sigma_max <= low:
+        levels = f"sigma_min {config.sigma_min:g} to sigma_max {config.sigma_max:g}"
+        raise ConfigError(f"{levels}: {known}", "set them so that some of these are between")

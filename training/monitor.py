@@ -16,9 +16,10 @@ if watch.due(step, last=step == iterations):
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sfd_deploy.config import StageConfig
 from sfd_deploy.embedded import resolve
@@ -49,6 +50,12 @@ class MonitorConfig(StageConfig):
     previews: int = Field(8, ge=0, le=MOST_PER_LABEL, description="images per label in a preview grid; 0: none")
     tensorboard: bool = Field(True, description="write TensorBoard event files")
 
+    @model_validator(mode="after")
+    def a_judge_must_look(self) -> Self:
+        if self.judge is not None and self.every == 0:
+            raise ValueError("`judge` is set, but `every: 0` never looks: leave one out")
+        return self
+
 
 class Watch:
     """Looks at the averaged generator now and then, on the ``select`` stream of latents.
@@ -69,7 +76,8 @@ class Watch:
         self.config, self.labels, self.folder, self.teacher = config, labels, folder, teacher
         with torch.random.fork_rng():  # a judge is built with random weights before its own are loaded
             judge = None if config.judge is None else load_judge(resolve(config.judge, "judge"))
-        require_same_classes([judge] if judge else [], labels.class_names, "the teacher")
+        self.judges = [] if judge is None else [judge]
+        require_same_classes(self.judges, labels.class_names, "the teacher")
         self.rating = None if judge is None else Rating(Experts.of(judge, labels), config.samples, self._draw_teacher)
 
     def due(self, step: int, last: bool = False) -> bool:

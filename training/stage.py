@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from sfd_deploy.errors import ConfigError
 from sfd_deploy.manifest import MANIFEST, Sealed, verify
+from sfd_deploy.measure.judges import require_sight
 from sfd_deploy.models.card import model_card
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator, image_shape, load_teacher, save_generator, save_teacher
@@ -22,7 +24,7 @@ from sfd_deploy.runtime.pytorch import torch_device
 from sfd_deploy.training.config import LoopConfig, TrainConfig
 from sfd_deploy.training.course import Course
 from sfd_deploy.training.distributed import Workers
-from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, Origin, load_start, open_inputs, require_known_levels
+from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, Origin, load_start, open_inputs
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.monitor import Watch
 from sfd_deploy.training.precision import settled
@@ -92,13 +94,14 @@ def carry_out(
 
 def _course(config: TrainConfig, inputs: Inputs, run: Run, workers: Workers) -> Course:
     teacher = load_teacher(inputs.teacher)
-    require_known_levels(config, teacher)
-    judge = inputs.classifier
-    classify = None if judge is None else judge.classifier.to(workers.device)
+    watch = Watch(config.monitor, inputs.labels, run.work / "previews", teacher)
+    judges = [*watch.judges, *([] if inputs.classifier is None else [inputs.classifier])]
+    require_sight(judges, image_shape(teacher.unet))
+    classify = None if inputs.classifier is None else inputs.classifier.classifier.to(workers.device)
     loop = SfdLoop(config, inputs.labels, teacher, load_start(inputs, config, teacher), classify, workers)
     return Course(
-        loop, run.work / CHECKPOINT, identity=inputs.digests,
-        watch=Watch(config.monitor, inputs.labels, run.work / "previews", loop.teacher),
+        loop, run.work / CHECKPOINT, watch=watch,
+        identity=inputs.digests | {"judges": [judge.digest for judge in watch.judges]},
         scalars=scalars_of(run, workers, config.monitor.tensorboard),
     )  # fmt: skip
 
@@ -157,8 +160,13 @@ def sealing_generator(
         facts=facts,
     ) as target:  # fmt: skip
         yield target
-        rows = "".join(json.dumps(row) + "\n" for row in course.record)
+        rows = "".join(json.dumps({key: _number(value) for key, value in row.items()}) + "\n" for row in course.record)
         (target / "training.jsonl").write_text(rows, encoding="utf-8")
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN, which a skipped step may leave."""
+    return value if math.isfinite(value) else None
 
 
 def _teacher_reference(asked: str, teacher: Sealed) -> str:

@@ -129,7 +129,7 @@ class TextTrainConfig(LoopConfig):
 
     def bound(self) -> dict[str, Any]:
         """All but what is only shown."""
-        return {key: value for key, value in self.resolved().items() if key != "previews"}
+        return {key: value for key, value in super().bound().items() if key != "previews"}
 
     @property
     def lists(self) -> tuple[str, ...]:

@@ -22,7 +22,6 @@ from sfd_deploy.runs import Run, write_json
 from sfd_deploy.runtime.pytorch import torch_device
 from sfd_deploy.training.course import Course
 from sfd_deploy.training.distributed import Workers
-from sfd_deploy.training.inputs import require_known_levels
 from sfd_deploy.training.loop import SfdLoop, Start
 from sfd_deploy.training.lora import adapted_start, merged, require_peft, save_adapter
 from sfd_deploy.training.precision import settled
@@ -67,7 +66,6 @@ def train_text(config: TextTrainConfig, folder: Path, device: str = "auto") -> R
 def _course(config: TextTrainConfig, inputs: TextInputs, parts: TextParts, run: Run, workers: Workers) -> Course:
     # Moved before it is copied: a table of encoded prompts on the device is shared by all networks.
     teacher = text_teacher(config, inputs.prompts, parts, workers.device).to(workers.device)
-    require_known_levels(config, teacher)
     loop = SfdLoop(
         config, inputs.prompts, teacher, _start(config, inputs, teacher, workers), workers=workers,
         guidance=config.guidance.bind(inputs.prompts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,12 +44,20 @@ def train(
     try:
         run = _train(config, folder, changes, device)
     except KeyboardInterrupt:
-        click.echo(_stopped(folder), err=True)
+        if _speaks():
+            click.echo(_stopped(folder), err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
+    if not _speaks():
+        return
     sealed = run.generator()
     value = {"run": str(run.folder), "generator": sealed.digest}
     value |= {key: sealed.facts[key] for key in ("labels", "prompts") if key in sealed.facts}
     show(value, as_json, lambda console: console.print(f"{run.folder}  generator {sealed.digest[:12]}"))
+
+
+def _speaks() -> bool:
+    """Whether this is the first of the processes that a launcher started, or alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _stopped(folder: Path) -> str:

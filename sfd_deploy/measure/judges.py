@@ -211,6 +211,22 @@ def require_same_classes(judges: Sequence[Judge], class_names: Sequence[str], ow
             )
 
 
+def require_sight(judges: Sequence[Judge], shape: Sequence[int]) -> None:
+    """Refuse judges that cannot look at images of ``shape`` (C, H, W), before any is drawn.
+
+    Raises:
+        LabelError: naming the judge.
+    """
+    for judge in judges:
+        try:
+            judge.look(np.zeros((1, *shape), np.float32))
+        except (RuntimeError, ValueError):
+            size = " x ".join(map(str, shape))
+            raise LabelError(
+                f"judge {judge.name} cannot look at images of {size}", "give judges of images like the model's"
+            ) from None
+
+
 def require_distinct_names(judges: Sequence[Judge]) -> None:
     """Refuse judges that share a name, which is what their figures go by.
 

@@ -27,7 +27,8 @@ def facts(sfd: dict[int, Measured], plain: dict[int, Measured], error: int, ship
 @pytest.mark.parametrize(
     ("sfd_right", "hits", "missed"),
     [
-        (951, 6, []), (949, 6, ["retained accuracy"]), (1000, 6, []), (960, 8, ["judges' error"]), (960, 0, []),
+        (950, 6, []), (951, 6, []), (949, 6, ["retained accuracy"]), (1000, 6, []), (960, 8, ["judges' error"]),
+        (960, 0, []),
         (949, 8, ["retained", "judges'"]),
     ],
 )  # fmt: skip

@@ -9,11 +9,16 @@ import json
 import os
 import signal
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from sfd_deploy.errors import DivergedError
 from sfd_deploy.training.config import TrainConfig
@@ -40,6 +45,7 @@ def train(folder: Path, changes: dict[str, Any], workers: Workers) -> dict[str, 
         loop._apply = poisoning(loop._apply)  # type: ignore[method-assign]
     if interrupted == workers.index:
         loop.generator_step = interrupting(loop.generator_step)  # type: ignore[method-assign]
+    exchanges = counted_exchanges(loop)
     course = Course(loop, folder / "checkpoint.safetensors")
     course.record_every = 1
     if stop is not None:
@@ -54,7 +60,23 @@ def train(folder: Path, changes: dict[str, Any], workers: Workers) -> dict[str, 
     if workers.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "weights.safetensors")
-    return {"record": course.record, "processes": workers.count, "sharded": workers.is_sharded}
+    units = [type(module).__name__ for module in loop.generator.modules() if isinstance(module, FSDPModule)]
+    return {"record": course.record, "processes": workers.count, "sharded": units, "exchanges": exchanges}
+
+
+def counted_exchanges(loop: SfdLoop) -> dict[str, int]:
+    """How often each network's gradients are exchanged, from here on; empty where DDP does not do it."""
+    counts: dict[str, int] = {}
+
+    def hook(name, bucket):  # DDP wants no annotation that is a string
+        counts[name] += bucket.is_last()
+        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+    for name, network in (("psi", loop.psi), ("theta", loop.theta)):
+        if isinstance(network, DistributedDataParallel):
+            counts[name] = 0
+            network.register_comm_hook(name, hook)
+    return counts
 
 
 def poisoning(apply: Any) -> Any:
@@ -91,15 +113,23 @@ def die_at(last: int, iterate: Any) -> Any:
 
 
 def shard(workers: Workers) -> None:
-    """FSDP2 from here on. Accelerate turns it on for GPUs alone; PyTorch's own code for it runs on a CPU as well."""
+    """FSDP2 by the shipped file from here on.
+
+    Accelerate turns it on for GPUs alone; PyTorch's own code for it runs on a CPU as well.
+    """
     from accelerate import DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
 
     assert workers.accelerator is not None
     state = workers.accelerator.state
+    file = resources.files("sfd_deploy.presets") / "accelerate" / "fsdp2.yaml"
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))["fsdp_config"]
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=False, auto_wrap_policy="no_wrap"
-    )
+        fsdp_version=values["fsdp_version"], reshard_after_forward=values["fsdp_reshard_after_forward"],
+        cpu_ram_efficient_loading=values["fsdp_cpu_ram_efficient_loading"],
+        auto_wrap_policy=values["fsdp_auto_wrap_policy"].lower(),
+        transformer_cls_names_to_wrap=values["fsdp_transformer_layer_cls_to_wrap"].split(","),
+    )  # fmt: skip
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 

@@ -30,6 +30,7 @@ def config(**changes: object) -> TrainConfig:
         ({"accumulate": 0}, "`accumulate`"),
         ({"share_generated": True, "accumulate": 2}, "keeps the graphs of all parts"),
         ({"teacher_digest": "abc"}, "`teacher_digest`"),
+        ({"monitor": {"judge": "plain", "every": 0}}, "`judge` is set, but `every: 0` never looks"),
         # YAML reads an unquoted `no` as False.
         ({"forget": {False: "star"}}, "False is neither a class name nor a label; put a name in quotes"),
         ({"forget": {"square": True}}, "True is neither"),
@@ -111,3 +112,11 @@ def test_the_demo_keeps_the_values_that_its_published_figures_were_made_with():
         "auto",
     )
     assert (loaded.ema_ramp, loaded.share_generated, loaded.monitor.judge) == (True, False, None)
+
+
+def test_a_checkpoint_belongs_to_what_changes_weights_or_their_choice():
+    plain, watched = config(), config(monitor={"judge": "plain", "every": 5})
+    assert config(accumulate=2, monitor={"every": 7, "previews": 2, "tensorboard": False}).bound() == plain.bound()
+    assert config(monitor={"judge": "moved", "every": 5, "previews": 2}).bound() == watched.bound()
+    assert config(monitor={"judge": "plain", "every": 7}).bound() != watched.bound() != plain.bound()
+    assert config(alpha=1.1).bound() != plain.bound()

@@ -186,6 +186,15 @@ class Preferring:
         self.looks = list(state.get("looks", []))
 
 
+class Blind(Preferring):
+    """Never looks."""
+
+    best = None  # type: ignore[assignment]
+
+    def due(self, step: int, last: bool = False) -> bool:
+        return False
+
+
 def test_the_best_looks_weights_are_exported_and_survive_a_stop(tmp_path: Path):
     watch = Preferring(likes=1)
     stopped = Course(tiny_loop(checkpoint_every=2), tmp_path / "a.safetensors", watch=watch)  # type: ignore[arg-type]
@@ -207,6 +216,31 @@ def test_the_best_looks_weights_are_exported_and_survive_a_stop(tmp_path: Path):
     assert not same_weights(exported, resumed.loop.averaged())
     assert resumed.exported["step"] == 1
     assert "by a judge" in resumed.exported["rule"]
+
+
+def test_a_judge_that_never_looked_chooses_nothing(tmp_path: Path):
+    """Every look failed to come due: the start, which the best is kept in, would be exported."""
+    watch = Blind(likes=9)
+    blind = Course(tiny_loop(checkpoint_every=2), tmp_path / "a.safetensors", watch=watch)  # type: ignore[arg-type]
+    assert blind.run() is blind.loop.averaged()
+    assert blind.exported == {"step": 4, "rule": "the last step's average"}
+
+
+def test_skipped_steps_are_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    stumbling = course(tmp_path / "a.safetensors")
+    step = stumbling.loop.generator_step
+
+    def stumble(number: int, *arguments: object):
+        weight = next(stumbling.loop.generator.parameters())
+        nan = weight.register_hook(lambda gradient: gradient * float("nan")) if number == 1 else None
+        done = step(number, *arguments)  # type: ignore[arg-type]
+        if nan is not None:
+            nan.remove()
+        return done
+
+    stumbling.loop.generator_step = stumble  # type: ignore[method-assign]
+    stumbling.run()
+    assert "train: 1 of 8 steps skipped: non-finite gradients" in capsys.readouterr().err
 
 
 def test_without_a_judge_the_last_average_is_exported(tmp_path: Path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,11 +16,14 @@ from safetensors.torch import load_file
 from sfd_deploy.errors import ConfigError, LabelError, RunError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import Sealed, verify
+from sfd_deploy.measure.judges import ClassifierConfig
 from sfd_deploy.models.generator import save_generator, save_teacher
 from sfd_deploy.models.teachers import open_teacher
 from sfd_deploy.runs import Run, sealed_folder
 from sfd_deploy.training.config import TrainConfig
+from sfd_deploy.training.data import LabelledImages
 from sfd_deploy.training.inputs import load_start, open_inputs
+from sfd_deploy.training.judge import JudgeConfig, seal_judge
 from sfd_deploy.training.kinds import resume
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.stage import train
@@ -130,10 +135,10 @@ def test_an_earlier_run_of_another_teacher_is_refused(teacher: Sealed, distilled
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sigma_init": 200.0}, "sigma_init 200: the teacher's schedule goes from 0.01 to 157"),
-        ({"sigma_init": 0.005, "sigma_min": 0.001}, "sigma_init 0.005: the teacher's schedule"),
-        ({"sigma_min": 160.0, "sigma_max": 200.0}, "sigma_min 160 to sigma_max 200: the teacher's schedule"),
-        ({"sigma_min": 1e-4, "sigma_max": 5e-3}, "sigma_max 0.005: the teacher's schedule"),
+        ({"sigma_init": 200.0}, "sigma_init 200: the teacher's noise levels go from 0.01 to 157"),
+        ({"sigma_init": 0.005, "sigma_min": 0.001}, "sigma_init 0.005: the teacher's noise levels"),
+        ({"sigma_min": 160.0, "sigma_max": 200.0}, "sigma_min 160 to sigma_max 200: the teacher's noise levels"),
+        ({"sigma_min": 1e-4, "sigma_max": 5e-3}, "sigma_max 0.005: the teacher's noise levels"),
     ],
 )
 def test_noise_levels_beyond_the_teachers_schedule_are_refused(tmp_path: Path, changes, message):
@@ -167,6 +172,56 @@ def test_another_fake_score_and_another_noise_level_are_refused(teacher: Sealed,
     inputs = open_inputs(config(teacher, init_from=str(distilled.folder)))
     with pytest.raises(RunError, match=r"draws at sigma_init 2\.5, the config says 3"):
         load_start(inputs, config(teacher, sigma_init=3.0), tiny_generator().denoiser)
+
+
+def test_a_fake_score_that_went_missing_is_not_replaced_in_silence(teacher: Sealed, tmp_path: Path):
+    first = train(config(teacher), tmp_path / "first")
+    shutil.rmtree(first.folder / "fake-score")
+    with pytest.raises(RunError, match="fake-score: missing, and this run's generator had one; restore it"):
+        open_inputs(config(teacher, init_from=str(first.folder), forget={"square": "star"}))
+
+
+def seal_blind_judge(target: Path, channels: int, seed: int = 0) -> None:
+    """A judge with random weights, measured on black images."""
+    asked = JudgeConfig(classifier=ClassifierConfig(architecture="plain", channels=channels, widths=(4,)))
+    images = LabelledImages(np.zeros((6, channels, 16, 16), np.uint8), np.arange(6) % 3, CLASSES.class_names)
+    torch.manual_seed(seed)
+    seal_judge(asked, asked.classifier.build(3).eval(), images, images, target, "black")
+
+
+def test_a_judge_of_other_images_is_refused_before_the_first_step(teacher: Sealed, tmp_path: Path):
+    seal_blind_judge(tmp_path / "judge", channels=3)
+    watched = config(teacher, monitor={"judge": str(tmp_path / "judge"), "every": 1})
+    with pytest.raises(LabelError, match="judge judge cannot look at images of 1 x 16 x 16"):
+        train(watched, tmp_path / "run")
+    assert not (tmp_path / "run" / "work" / "checkpoint.safetensors").exists()
+
+
+def test_a_stopped_run_goes_on_in_more_parts_and_with_its_judge_elsewhere_but_not_with_another(
+    teacher: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for seed, name in enumerate(("judge", "other")):
+        seal_blind_judge(tmp_path / name, channels=1, seed=seed)
+    iterate = SfdLoop.iterate
+
+    def interrupted(loop: SfdLoop, step: int, watched: bool = False):
+        if step == 2:
+            raise KeyboardInterrupt
+        return iterate(loop, step, watched)
+
+    def go_on(judge: Path, **changes: object) -> Run:
+        look = {"judge": str(judge), "every": 1, "samples": 2, "tensorboard": False}
+        asked = {"iterations": 4, "checkpoint_every": 1, "forget": {"square": "star"}, "monitor": look}
+        return train(config(teacher, **(asked | changes)), tmp_path / "run")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SfdLoop, "iterate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(tmp_path / "judge")
+    with pytest.raises(ConfigError, match=r"another config \(judges differ\)"):
+        go_on(tmp_path / "other")
+    (tmp_path / "judge").rename(tmp_path / "moved")
+    assert go_on(tmp_path / "moved", accumulate=2).generator().facts["exported"]["step"] in range(1, 5)
 
 
 def test_a_run_without_a_fake_score_starts_that_at_the_teacher(teacher: Sealed, tmp_path: Path):
