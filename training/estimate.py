@@ -75,15 +75,17 @@ def estimate(
             _wait_for(device)
             seconds.append(clock() - start)
 
-    with left_no_trace(networks, optimisers):
-        peak = peak_bytes(probe, device)
+    with left_no_trace(networks, optimisers) as copies:
+        peak = peak_bytes(probe, device) - copies  # which the training itself does not hold
     # The first step allocates, compiles and picks algorithms; the rest tell.
     return Estimate(median(seconds[1:]) * iterations, peak, iterations)
 
 
 @contextmanager
-def left_no_trace(networks: Iterable[nn.Module], optimisers: Iterable[Optimizer]) -> Iterator[None]:
+def left_no_trace(networks: Iterable[nn.Module], optimisers: Iterable[Optimizer]) -> Iterator[int]:
     """Put weights, buffers, gradients, optimiser state and the global random state back at the end, bit for bit.
+
+    Yields how many bytes the copies take until then.
 
     In place rather than by working on copies: wrapped networks (distributed, sharded, compiled) cannot be copied.
     """
@@ -91,7 +93,7 @@ def left_no_trace(networks: Iterable[nn.Module], optimisers: Iterable[Optimizer]
     states = [(optimiser, _copied(dict(optimiser.state)), _copied(optimiser.param_groups)) for optimiser in optimisers]
     try:
         with torch.random.fork_rng():
-            yield
+            yield _bytes_in([[network.values, network.gradients] for network in kept] + [state for _, *state in states])
     finally:
         for network in kept:
             network.put_back()
@@ -131,6 +133,15 @@ class _Kept:
             parameter.requires_grad_(wanted)
         for module, training in zip(self.network.modules(), self.training, strict=True):
             module.training = training
+
+
+def _bytes_in(value: Any) -> int:
+    """Of all tensors in containers, parameters left out."""
+    if isinstance(value, Tensor):
+        return 0 if isinstance(value, nn.Parameter) else value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_bytes_in, value.values()))
+    return sum(map(_bytes_in, value)) if isinstance(value, list) else 0
 
 
 def _copied(value: Any) -> Any:

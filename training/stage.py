@@ -115,7 +115,8 @@ def _seal(run: Run, config: TrainConfig, inputs: Inputs, outcome: Outcome) -> No
     """The fake score first: a run is finished when its generator is there."""
     with sealing_fake_score(run, config, inputs, outcome, {"labels": inputs.labels.plain().resolved()}) as target:
         save_teacher(outcome.fake_score, target)
-    with sealing_generator(run, config, inputs, outcome, {"labels": inputs.labels.resolved()}) as target:
+    facts = {"labels": inputs.labels.resolved(), "watched_by": outcome.course.identity["judges"]}
+    with sealing_generator(run, config, inputs, outcome, facts) as target:
         save_generator(outcome.generator, target)
         teacher = inputs.teacher
         card = model_card(

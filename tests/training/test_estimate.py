@@ -193,3 +193,15 @@ def test_a_batch_that_cannot_be_told_is_none(monkeypatch: pytest.MonkeyPatch):
     assert largest_batch(lambda _rows: None, [], [], "cpu") is None
     monkeypatch.setattr("sfd_deploy.training.estimate.free_bytes", lambda _device: None)
     assert largest_batch(lambda rows: torch.ones(rows, 8 * MIB).sum(), [], [], "cpu") is None
+
+
+def test_the_copies_that_leave_no_trace_are_not_counted_as_the_trainings_memory():
+    network = torch.nn.Linear(4096, 4096, bias=False)  # 64 MiB
+    adam = torch.optim.Adam(network.parameters())
+    network(torch.ones(1, 4096)).sum().backward()
+    adam.step()  # two moments as large, and the gradient
+    with left_no_trace([network], [adam]) as copies:
+        assert copies == pytest.approx(4 * 64 * MIB, rel=1e-3)
+    base = peak_bytes(lambda: None, "cpu")
+    found = estimate(lambda _: None, 9, networks=[network], optimisers=[adam])
+    assert found.peak_bytes == pytest.approx(base, abs=48 * MIB)

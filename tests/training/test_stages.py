@@ -221,7 +221,9 @@ def test_a_stopped_run_goes_on_in_more_parts_and_with_its_judge_elsewhere_but_no
     with pytest.raises(ConfigError, match=r"another config \(judges differ\)"):
         go_on(tmp_path / "other")
     (tmp_path / "judge").rename(tmp_path / "moved")
-    assert go_on(tmp_path / "moved", accumulate=2).generator().facts["exported"]["step"] in range(1, 5)
+    facts = go_on(tmp_path / "moved", accumulate=2).generator().facts
+    assert facts["exported"]["step"] in range(1, 5)
+    assert facts["watched_by"] == [verify(tmp_path / "moved", "judge").digest]
 
 
 def test_a_run_without_a_fake_score_starts_that_at_the_teacher(teacher: Sealed, tmp_path: Path):
