@@ -25,6 +25,7 @@ from sfd_deploy.evidence import (
     GuidedTeacherFigures,
 )
 from sfd_deploy.manifest import Parent, Sealed, canonical_json, verify
+from sfd_deploy.measure.judges import require_sight
 from sfd_deploy.policy.plan import Plan, Policy
 from sfd_deploy.policy.verdict import Judgement, exit_code, judge
 from sfd_deploy.probes import Families
@@ -82,6 +83,7 @@ class Audit:
         """The yardstick, from samples on disk or drawn now."""
         sealed, panel = self.instruments.teacher, self.instruments.panel
         with closing(self._open(sealed)) as runtime:
+            require_sight(panel.judges, runtime.image_shape)
             samples = teacher_reference(self.home / "reference", sealed, runtime, self.plan)
             settings = dict(runtime.settings)
         require_finite(samples, sealed)

@@ -10,6 +10,7 @@ from sfd_deploy.audit.stage import audit_folder, audit_run
 from sfd_deploy.errors import ConfigError, DigestError, LabelError, LimitError, ManifestError, RunError
 from sfd_deploy.evidence import AuditRecord, read_record
 from sfd_deploy.manifest import verify
+from sfd_deploy.measure.judges import ClassifierConfig
 from sfd_deploy.policy.plan import Policy
 from sfd_deploy.runs import Run
 from tests.audit.toy import (
@@ -19,11 +20,13 @@ from tests.audit.toy import (
     Opener,
     Painter,
     World,
+    fit_and_seal,
     forgetful,
     gratings,
     holed,
     leaking,
     noise,
+    real_images,
     rough,
     seal_artefact,
     seal_judge,
@@ -309,6 +312,16 @@ def test_a_judge_of_other_classes_is_refused(tmp_path, world):
     stranger = seal_judge(tmp_path / "stranger", "plain", 3, class_names=NAMES[::-1])
     with pytest.raises(LabelError, match="stranger"):
         audit_run(run, policy=POLICY, judges=[world.judges[0], stranger], teacher=world.teacher, open=Opener())
+
+
+def test_a_judge_of_other_images_is_refused_before_any_is_drawn(tmp_path, world):
+    run, opener = seal_run(tmp_path / "demo", world.teacher), Opener(generator=forgetful)
+    colour = ClassifierConfig(architecture="plain", channels=3, widths=(4,))
+    images, labels = real_images(4, 64)
+    coloured = fit_and_seal(tmp_path / "colour", colour, NAMES, 4, *[(images.expand(-1, 3, -1, -1), labels)] * 2)
+    with pytest.raises(LabelError, match="judge colour cannot look at images of 1 x 12 x 12"):
+        audit_run(run, policy=POLICY, judges=[world.judges[0], coloured], teacher=world.teacher, open=opener)
+    assert opener.drawn("painter") == 0
 
 
 def test_what_nobody_says_is_forgotten_cannot_be_audited(tmp_path, world):
