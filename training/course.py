@@ -102,11 +102,19 @@ class Course:
         with saying_what_fits(self.loop):
             self._estimate()
             self._iterate_to_the_end()
-        if self.loop.skipped and self.loop.workers.is_main:
-            steps = f"{self.loop.skipped} of {2 * self.loop.config.iterations} steps skipped: non-finite gradients"
-            stderr_console().print(f"train: {steps}", highlight=False)
+        if self.loop.workers.is_main:
+            self._say_doubts()
         looked = self.rating is not None and self.rating.best is not None
         return self.best if self.best is not None and looked else self.loop.averaged()
+
+    def _say_doubts(self) -> None:
+        skipped, steps = self.loop.skipped, 2 * self.loop.config.iterations
+        doubts = [f"{skipped} of {steps} steps skipped: non-finite gradients"] if skipped else []
+        if self.rating is not None and self.rating.doubt:
+            doubts.append(self.rating.doubt)
+        for doubt in doubts:
+            LOGGER.warning("train: %s", doubt)
+            stderr_console().print(f"train: {doubt}", highlight=False)
 
     @property
     def exported(self) -> dict[str, Any]:

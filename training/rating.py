@@ -147,6 +147,15 @@ class Rating:
         """The best look so far by ``rank``; None before the first."""
         return max(self.looks, key=rank, default=None)
 
+    @property
+    def doubt(self) -> str:
+        """What speaks against the best look, in words; empty where its forget rate may be the judge's own error."""
+        best = self.best
+        if best is None or best.forget_bound <= best.excused_bound:
+            return ""
+        return (f"the exported look, of step {best.step}, still draws what was to be forgotten in"
+                f" {best.forget_rate:.1%} of images (at most {best.forget_bound:.1%})")  # fmt: skip
+
     def state(self) -> dict[str, Any]:
         """JSON values for the checkpoint."""
         yardstick = None if self.yardstick is None else self.yardstick.resolved()

@@ -179,6 +179,8 @@ class Preferring:
     def best(self) -> SimpleNamespace:
         return SimpleNamespace(step=self.likes if self.likes in self.looks else max(self.looks))
 
+    doubt = ""
+
     def state(self) -> dict[str, object]:
         return {"looks": self.looks}
 
@@ -241,6 +243,13 @@ def test_skipped_steps_are_told_at_the_end(tmp_path: Path, capsys: pytest.Captur
     stumbling.loop.generator_step = stumble  # type: ignore[method-assign]
     stumbling.run()
     assert "train: 1 of 8 steps skipped: non-finite gradients" in capsys.readouterr().err
+
+
+def test_what_speaks_against_the_exported_look_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    watch = Preferring(likes=1)
+    watch.doubt = "still draws it"
+    Course(tiny_loop(), tmp_path / "a.safetensors", watch=watch).run()  # type: ignore[arg-type]
+    assert "train: still draws it" in capsys.readouterr().err
 
 
 def test_without_a_judge_the_last_average_is_exported(tmp_path: Path):

@@ -223,6 +223,19 @@ def test_the_rule_puts_health_before_forgetting_before_accuracy(better, worse):
     assert rank(better) > rank(worse)
 
 
+def test_a_best_look_that_forgot_nothing_is_doubted_and_an_honest_one_is_not(judge_folder, tmp_path):
+    watching = watch(tmp_path, judge_folder)
+    assert rated(watching).doubt == ""
+    watching.look(1, RIVALS["nothing forgotten"])  # type: ignore[arg-type]
+    # The teacher errs on 2 of 40 latents; Clopper-Pearson's 95 % bound of 38 of 40.
+    bound = f"at most {beta.ppf(0.95, 39, 2):.1%}"
+    assert rated(watching).doubt == (
+        f"the exported look, of step 1, still draws what was to be forgotten in 95.0% of images ({bound})"
+    )
+    watching.look(2, forgetful)  # type: ignore[arg-type]
+    assert rated(watching).doubt == ""
+
+
 def judge_that_calls(mistaken: int) -> Judge:
     """Real images: 100 a class, ``mistaken`` of the last called the second. Drawn ones are called by their value."""
     truth = np.repeat([0, 1, 2, 3], 100)
