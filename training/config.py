@@ -93,8 +93,12 @@ class LoopConfig(StageConfig):
         return self
 
     def bound(self) -> dict[str, Any]:
-        """The values that a checkpoint and a finished run belong to; in how many parts a batch goes changes none."""
-        return {key: value for key, value in self.resolved().items() if key != "accumulate"}
+        """The values that a checkpoint and a finished run belong to.
+
+        Not in how many parts a batch goes, which changes none, and not where the teacher lies: that counts by digest.
+        """
+        free = {"accumulate", "teacher", "teacher_digest"}
+        return {key: value for key, value in self.resolved().items() if key not in free}
 
     def rows(self, conditions: Conditions) -> int:
         """Rows of one whole batch."""

@@ -83,7 +83,8 @@ def carry_out(
     with log_to(run.work / "train.log") if workers.is_main else nullcontext():
         course = prepare(workers)
         if workers.is_main:  # not before: a checkpoint of another config keeps its own
-            write_json(run.work / CONFIG, config.resolved())
+            # For --resume from any folder.
+            write_json(run.work / CONFIG, config.resolved() | {"teacher": _lasting(config.teacher)})
         generator = course.run()
         fake_score = course.loop.whole_fake_score()
     if workers.is_main:
@@ -172,8 +173,12 @@ def _number(value: float) -> float | None:
 
 def _teacher_reference(asked: str, teacher: Sealed) -> str:
     """Where the audit finds the teacher again: a folder from anywhere, a hub's model at its very commit."""
-    path = Path(asked)
-    return str(path.resolve()) if path.is_dir() else str(teacher.facts.get("reference", asked))
+    return _lasting(asked) if Path(asked).is_dir() else str(teacher.facts.get("reference", asked))
+
+
+def _lasting(asked: str) -> str:
+    """A folder's path from anywhere; names of other things are that already."""
+    return str(Path(asked).resolve()) if Path(asked).is_dir() else asked
 
 
 def _finished(run: Run, config: LoopConfig, inputs: Origin) -> Run:

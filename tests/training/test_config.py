@@ -119,4 +119,5 @@ def test_a_checkpoint_belongs_to_what_changes_weights_or_their_choice():
     assert config(accumulate=2, monitor={"every": 7, "previews": 2, "tensorboard": False}).bound() == plain.bound()
     assert config(monitor={"judge": "moved", "every": 5, "previews": 2}).bound() == watched.bound()
     assert config(monitor={"judge": "plain", "every": 7}).bound() != watched.bound() != plain.bound()
+    assert config(teacher="moved").bound() == plain.bound()  # it counts by its digest
     assert config(alpha=1.1).bound() != plain.bound()

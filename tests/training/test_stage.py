@@ -82,18 +82,23 @@ run(sys.argv[1:])
 """
 
 
+def kill_in_third_checkpoint(config: Path, output: Path) -> None:
+    """Start a training and kill it while it writes its third checkpoint."""
+    command = [sys.executable, "-c", DYING_IN_ITS_THIRD_CHECKPOINT, "train", "--config", str(config), "--threads", "1",
+               "-o", str(output)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    died = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert not (output / "generator").exists()
+
+
 def test_a_killed_training_resumes_to_the_same_weights(
     teacher: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Killed at the worst moment: with half of a checkpoint written, the one of step 6."""
     config = write_config(tmp_path, teacher.folder, iterations=12, checkpoint_every=2, share_generated=True)
     assert train(config, tmp_path / "whole") == 0
-    command = [sys.executable, "-c", DYING_IN_ITS_THIRD_CHECKPOINT, "train", "--config", str(config), "--threads", "1",
-               "-o", str(tmp_path / "killed")]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    died = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    assert not (tmp_path / "killed" / "generator").exists()
+    kill_in_third_checkpoint(config, tmp_path / "killed")
     resumed = iterations_of(monkeypatch)
     assert train(config, tmp_path / "killed") == 0
     assert [step for _, step in resumed] == list(range(4, 12))

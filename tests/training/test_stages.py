@@ -198,26 +198,18 @@ def test_a_judge_of_other_images_is_refused_before_the_first_step(teacher: Seale
 
 
 def test_a_stopped_run_goes_on_in_more_parts_and_with_its_judge_elsewhere_but_not_with_another(
-    teacher: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Sealed, tmp_path: Path
 ):
     for seed, name in enumerate(("judge", "other")):
         seal_blind_judge(tmp_path / name, channels=1, seed=seed)
-    iterate = SfdLoop.iterate
-
-    def interrupted(loop: SfdLoop, step: int, watched: bool = False):
-        if step == 2:
-            raise KeyboardInterrupt
-        return iterate(loop, step, watched)
 
     def go_on(judge: Path, **changes: object) -> Run:
         look = {"judge": str(judge), "every": 1, "samples": 2, "tensorboard": False}
         asked = {"iterations": 4, "checkpoint_every": 1, "forget": {"square": "star"}, "monitor": look}
         return train(config(teacher, **(asked | changes)), tmp_path / "run")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SfdLoop, "iterate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            go_on(tmp_path / "judge")
+    with dying_in_step(2):
+        go_on(tmp_path / "judge")
     with pytest.raises(ConfigError, match=r"another config \(judges differ\)"):
         go_on(tmp_path / "other")
     (tmp_path / "judge").rename(tmp_path / "moved")
@@ -263,6 +255,25 @@ def test_resuming_by_the_run_alone_ends_with_the_same_weights(teacher: Sealed, t
         assert equal(weights_of(whole.folder / name), weights_of(resumed.folder / name))
     with pytest.raises(RunError, match="no training to resume"):
         resume(tmp_path / "nothing")
+
+
+def test_a_run_is_resumed_from_any_folder_and_goes_on_with_its_teacher_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    near = seal_teacher(Path("teacher"))
+    asked = {"iterations": 4, "checkpoint_every": 1}
+    with dying_in_step(2):
+        train(config(near, **asked), tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with dying_in_step(3):
+        resume(tmp_path / "run")
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    moved = verify(tmp_path / "moved", "teacher")
+    finished = train(config(moved, **asked), tmp_path / "run").generator()
+    assert finished.facts["teacher"] == str(tmp_path / "moved")
+    assert train(config(moved, **asked), tmp_path / "run").generator().digest == finished.digest
 
 
 def test_an_unfinished_run_does_not_go_on_with_another_teacher_of_the_same_name(tmp_path: Path):

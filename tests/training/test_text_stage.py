@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -31,6 +25,8 @@ from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.text_inputs import load_text_start, open_text_inputs
 from sfd_deploy.training.text_stage import text_teacher
 from tests.text_world import text_parts, text_pipeline
+from tests.training.test_loop import iterations_of
+from tests.training.test_stage import kill_in_third_checkpoint
 from tests.training.text_loop import PROMPTS, config_values, config_with, text_loop
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -155,23 +151,15 @@ def test_a_stopped_training_goes_on_to_the_same_weights(
         assert same(weights(tmp_path / "whole" / folder), weights(tmp_path / "killed" / folder))
 
 
-def test_a_training_killed_by_sigkill_goes_on_to_the_same_bytes(teacher: Path, tmp_path: Path):
-    file = write_config(tmp_path, teacher, iterations=16, checkpoint_every=1)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    code = "import sys; from sfd_deploy.cli.main import run; run(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "train", "--config", str(file), "--threads", "1", "--output"]
-    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
-    checkpoint = tmp_path / "killed" / "work" / "checkpoint.safetensors"
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "generator").exists()
-    with safe_open(checkpoint, framework="pt") as held:
-        assert 0 < int(held.metadata()["step"]) < 16
-    subprocess.run([*command, str(tmp_path / "killed")], env=environment, check=True, capture_output=True)
+def test_a_training_killed_by_sigkill_goes_on_to_the_same_bytes(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = write_config(tmp_path, teacher, iterations=8, checkpoint_every=2)
+    assert train(file, tmp_path / "whole", "--threads", "1") == 0
+    kill_in_third_checkpoint(file, tmp_path / "killed")
+    resumed = iterations_of(monkeypatch)
+    assert train(file, tmp_path / "killed", "--threads", "1") == 0
+    assert [step for _, step in resumed] == list(range(4, 8))
     for folder in ("generator", "fake-score"):
         whole, killed = (tmp_path / name / folder / WEIGHTS for name in ("whole", "killed"))
         assert whole.read_bytes() == killed.read_bytes()
