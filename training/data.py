@@ -10,7 +10,6 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,18 +21,15 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from sfd_deploy.config import StageConfig, differing
-from sfd_deploy.errors import DataError, RunError
+from sfd_deploy.config import StageConfig
+from sfd_deploy.errors import DataError
 from sfd_deploy.labels import require_distinct
-from sfd_deploy.manifest import MANIFEST, Kind, read_manifest
-from sfd_deploy.runs import require_room
 
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 DIGITS = "digits"
 DIGITS_MAX = 16  # grey levels of the 8x8 digits are counts of set pixels in 4x4 blocks
 DIGITS_HELD_OUT_EVERY = 5
-WATCHED = frozenset({"monitor"})
 
 
 @dataclass(frozen=True)
@@ -109,31 +105,6 @@ class ImagesConfig(StageConfig):
         """
         data = load_images(source, split, self.class_names)
         return data if self.pad_to is None else data.padded(self.pad_to)
-
-
-def bound_to(config: StageConfig, data: LabelledImages, free: Collection[str] = WATCHED) -> dict[str, Any]:
-    """What a training may only go on with: its config, less the keys that change no weight, and its data."""
-    return {key: value for key, value in config.resolved().items() if key not in free} | {"data": data.digest}
-
-
-def require_unmade(
-    target: Path, kind: Kind, config: StageConfig, data: LabelledImages, free: Collection[str] = WATCHED
-) -> None:
-    """Refuse, before long work, to replace anything but an earlier folder of this very config and data.
-
-    Raises:
-        RunError: naming what differs.
-    """
-    require_room(target, kind)
-    if not (target / MANIFEST).is_file():
-        return
-    made = read_manifest(target)
-    earlier = {key: value for key, value in made.config.items() if key not in free}
-    if changed := differing(earlier | {"data": made.facts.get("data_digest")}, bound_to(config, data, free)):
-        raise RunError(
-            f"{target}: holds a {kind} of another config or data ({changed} differ)",
-            "choose another --output, or remove it",
-        )
 
 
 def load_images(source: Path, split: str, class_names: tuple[str, ...] = ()) -> LabelledImages:

@@ -17,7 +17,8 @@ from sfd_deploy.measure.sealing import measure_judge
 from sfd_deploy.progress import log_to
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.training.checkpoint import Checkpoint
-from sfd_deploy.training.data import ImagesConfig, LabelledImages, bound_to, require_unmade
+from sfd_deploy.training.data import ImagesConfig, LabelledImages
+from sfd_deploy.training.made import bound_to, require_unmade
 from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
 from sfd_deploy.training.precision import AUTO, Precision, autocast
 from sfd_deploy.training.steps import finite, require_finite_weights, run_steps, say_estimate

@@ -24,8 +24,9 @@ from sfd_deploy.progress import progress_bar
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.runtime.pytorch import TeacherRuntime
 from sfd_deploy.runtime.seam import Images
-from sfd_deploy.training.data import ImagesConfig, LabelledImages, bound_to
+from sfd_deploy.training.data import ImagesConfig, LabelledImages
 from sfd_deploy.training.frame import MonitorConfig, PaceConfig, Training, total_steps, train_to_end
+from sfd_deploy.training.made import bound_to
 from sfd_deploy.training.previews import QUICK_SAMPLER, device_of, draw_by_label
 from sfd_deploy.training.streams import stream
 

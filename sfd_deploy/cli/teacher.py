@@ -62,7 +62,7 @@ def _of_classes(
     config: TeacherConfig, data: Path, output: Path, work: Path, judges: Sequence[Judge], device: str
 ) -> tuple[Sealed, dict[str, float]]:
     from sfd_deploy.measure.judges import require_same_classes
-    from sfd_deploy.training.data import require_unmade
+    from sfd_deploy.training.made import require_unmade
     from sfd_deploy.training.teacher import seal_teacher, train_teacher
 
     images = config.read(data, "train")
@@ -76,7 +76,7 @@ def _of_classes(
 def _of_text(
     config: TextTeacherConfig, data: Path, output: Path, work: Path, judges: Sequence[Judge], device: str
 ) -> tuple[Sealed, dict[str, float]]:
-    from sfd_deploy.training.data import require_unmade
+    from sfd_deploy.training.made import require_unmade
     from sfd_deploy.training.text_teacher.coloured import load_wardrobe
     from sfd_deploy.training.text_teacher.prompted import FREE
     from sfd_deploy.training.text_teacher.stage import require_known_classes, seal_text_teacher, train_text_teacher

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sfd_deploy.runtime.seam import Images
-from sfd_deploy.training.data import WATCHED, bound_to
 from sfd_deploy.training.frame import Training, train_to_end
+from sfd_deploy.training.made import WATCHED, bound_to
 from sfd_deploy.training.streams import stream
 from sfd_deploy.training.text_teacher.captions import BACKGROUNDS, COLOURS, OBJECTS, TEMPLATES, caption
 from sfd_deploy.training.text_teacher.coloured import Painted, Wardrobe

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sfd_deploy.runtime.seam import Images
-from sfd_deploy.training.data import bound_to
 from sfd_deploy.training.frame import MonitorConfig, Training, train_to_end
+from sfd_deploy.training.made import bound_to
 from sfd_deploy.training.streams import stream
 from sfd_deploy.training.text_teacher.coloured import SIDE, Wardrobe
 from sfd_deploy.training.text_teacher.config import VaeConfig
