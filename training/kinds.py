@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from sfd_deploy.errors import ConfigError, RunError
 from sfd_deploy.prompts import TEXT_TO_IMAGE
 from sfd_deploy.runs import Run
 from sfd_deploy.training.config import TrainConfig
-from sfd_deploy.training.stage import CONFIG, train
+from sfd_deploy.training.stage import train
+from sfd_deploy.training.started import find_start
 from sfd_deploy.training.text_config import TextTrainConfig
 from sfd_deploy.training.text_stage import train_text
 
@@ -67,14 +68,15 @@ def run_training(config: AnyConfig, folder: Path, device: str = "auto") -> Run:
 
 
 def resume(folder: Path, device: str = "auto") -> Run:
-    """Go on with the training of a run folder, under the config that it was started with.
+    """Go on with the training of a run folder, under the config and in the folder that it was started in.
 
     Raises:
         RunError: nothing was started there.
     """
-    file = folder / "work" / CONFIG
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise RunError(f"{file}: no training to resume", "start one with `sfd-deploy train --config`") from None
-    return run_training(config_of(values, str(file)), folder, device)
+    started = find_start(Run(folder).work)
+    if started is None:
+        raise RunError(f"{folder}: no training to resume", "start one with `sfd-deploy train --config`")
+    place = folder.resolve()
+    with chdir(started.here()):
+        run_training(config_of(started.config, started.source), place, device)
+    return Run(folder)

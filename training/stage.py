@@ -19,7 +19,7 @@ from sfd_deploy.models.card import model_card
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator, image_shape, load_teacher, save_generator, save_teacher
 from sfd_deploy.progress import log_to
-from sfd_deploy.runs import Run, require_room, sealed_folder, write_json
+from sfd_deploy.runs import Run, require_room, sealed_folder
 from sfd_deploy.runtime.pytorch import torch_device
 from sfd_deploy.training.config import LoopConfig, TrainConfig
 from sfd_deploy.training.course import Course
@@ -28,9 +28,9 @@ from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, Origin, load_start, o
 from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.monitor import Watch
 from sfd_deploy.training.precision import settled
+from sfd_deploy.training.started import note_start
 from sfd_deploy.training.tensorboard import Scalars
 
-CONFIG = "config.json"
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -83,8 +83,7 @@ def carry_out(
     with log_to(run.work / "train.log") if workers.is_main else nullcontext():
         course = prepare(workers)
         if workers.is_main:  # not before: a checkpoint of another config keeps its own
-            # For --resume from any folder.
-            write_json(run.work / CONFIG, config.resolved() | {"teacher": _lasting(config.teacher)})
+            note_start(run.work, config)
         generator = course.run()
         fake_score = course.loop.whole_fake_score()
     if workers.is_main:
@@ -173,12 +172,7 @@ def _number(value: float) -> float | None:
 
 def _teacher_reference(asked: str, teacher: Sealed) -> str:
     """Where the audit finds the teacher again: a folder from anywhere, a hub's model at its very commit."""
-    return _lasting(asked) if Path(asked).is_dir() else str(teacher.facts.get("reference", asked))
-
-
-def _lasting(asked: str) -> str:
-    """A folder's path from anywhere; names of other things are that already."""
-    return str(Path(asked).resolve()) if Path(asked).is_dir() else asked
+    return str(Path(asked).resolve()) if Path(asked).is_dir() else str(teacher.facts.get("reference", asked))
 
 
 def _finished(run: Run, config: LoopConfig, inputs: Origin) -> Run:

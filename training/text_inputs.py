@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from sfd_deploy.training.inputs import (
     require_same_network,
 )
 from sfd_deploy.training.loop import Start
-from sfd_deploy.training.stage import CONFIG
+from sfd_deploy.training.started import find_start
 from sfd_deploy.training.text_config import UNGUIDED_TEACHER, TextTrainConfig
 
 
@@ -71,12 +70,10 @@ def _recorded(config: TextTrainConfig, work: Path) -> Prompts | None:
     """The prompts that this very training was started with, where a file that named them is gone."""
     if all(name in shipped_lists() or Path(name).exists() for name in config.lists):
         return None
-    try:
-        values = json.loads((work / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if (started := find_start(work)) is None:
         return None
-    started = TextTrainConfig.from_mapping(values, str(work / CONFIG))
-    return prompts_in(work) if started.bound() == config.bound() else None
+    same = TextTrainConfig.from_mapping(started.config, started.source).bound() == config.bound()
+    return prompts_in(work) if same else None
 
 
 def prompts_of(config: TextTrainConfig) -> Prompts:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sfd_deploy.config import StageConfig
 from sfd_deploy.errors import LabelError, ModelError
 from sfd_deploy.manifest import Sealed, verify
+from sfd_deploy.models.folder import MOST_CHANNELS
 from sfd_deploy.runtime.seam import Images
 
 WEIGHTS, HELD_OUT, REFERENCE = "judge.safetensors", "held_out.safetensors", "reference.safetensors"
@@ -41,7 +42,7 @@ class ClassifierConfig(StageConfig):
     architecture: Literal["plain", "residual"] = Field(
         description="plain: convolutions, ReLU, max-pooling; residual: strided residual blocks, SiLU"
     )
-    channels: int = Field(ge=1, le=4)
+    channels: int = Field(ge=1, le=MOST_CHANNELS)
     widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="channels per resolution level")
 
     def build(self, num_classes: int) -> Classifier:

@@ -6,45 +6,50 @@ import copy
 from typing import TYPE_CHECKING, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sfd_deploy.config import StageConfig
+from sfd_deploy.models.folder import MOST_CHANNELS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
 
-class NetworkConfig(StageConfig):
+class LevelsConfig(StageConfig):
+    """Channels of a network with halvings between its levels."""
+
+    block_channels: tuple[int, ...] = Field(min_length=1, description="channels per resolution level")
+    layers_per_block: int = Field(1, ge=1, description="residual layers per level")
+    norm_groups: int = Field(8, ge=1, description="groups of every GroupNorm; divides each entry of block_channels")
+
+    @model_validator(mode="after")
+    def groups_must_fit(self) -> Self:
+        for channels in self.block_channels:
+            if channels < 1:
+                raise ValueError("channels must be positive")
+            if channels % self.norm_groups:
+                raise ValueError(f"norm_groups {self.norm_groups} do not divide {channels} channels")
+        return self
+
+
+class NetworkConfig(LevelsConfig):
     """Shape of a class-conditional ``diffusers.UNet2DModel``."""
 
     image_size: int = Field(ge=8, description="height and width in pixels")
-    channels: int = Field(ge=1, le=4, description="image channels")
-    block_channels: tuple[int, ...] = Field(min_length=1, description="channels per resolution level")
-    layers_per_block: int = Field(1, ge=1, description="residual layers per level")
+    channels: int = Field(ge=1, le=MOST_CHANNELS, description="image channels")
     attention_levels: tuple[int, ...] = Field((), description="levels (0 = full resolution) with self-attention")
     middle_attention: bool = Field(False, description="self-attention in the middle block")
     head_channels: int = Field(32, ge=1, description="channels per attention head")
     time_scale_shift: bool = Field(
         False, description="condition by scale and shift of each GroupNorm, not a bias alone"
     )
-    norm_groups: int = Field(8, ge=1, description="groups of every GroupNorm; divides each entry of block_channels")
-
-    @field_validator("block_channels")
-    @classmethod
-    def channels_must_be_some(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(channels < 1 for channels in value):
-            raise ValueError("channels must be positive")
-        return value
 
     @model_validator(mode="after")
     def levels_must_fit(self) -> Self:
         halvings = len(self.block_channels) - 1
         if self.image_size % 2**halvings:
             raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times: use fewer levels")
-        for channels in self.block_channels:
-            if channels % self.norm_groups:
-                raise ValueError(f"norm_groups {self.norm_groups} do not divide {channels} channels")
         return self
 
     @model_validator(mode="after")

@@ -257,18 +257,45 @@ def test_resuming_by_the_run_alone_ends_with_the_same_weights(teacher: Sealed, t
         resume(tmp_path / "nothing")
 
 
-def test_a_run_is_resumed_from_any_folder_and_goes_on_with_its_teacher_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def stopped_beside_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``project/`` with a teacher, an earlier run named by its name alone, and ``runs/stopped``, stopped in step 2."""
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    near = seal_teacher(Path("teacher"))
+    train(config(near), Path("runs/first"))
+    asked = {"iterations": 4, "checkpoint_every": 1, "init_from": "first", "forget": {"square": "star"}}
+    with dying_in_step(2):
+        train(config(near, **asked), Path("runs/stopped"))
+    return project
+
+
+def test_a_run_is_resumed_from_any_folder_whatever_its_inputs_are_called_by(
+    stopped_beside_its_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path)
-    near = seal_teacher(Path("teacher"))
-    asked = {"iterations": 4, "checkpoint_every": 1}
-    with dying_in_step(2):
-        train(config(near, **asked), tmp_path / "run")
     monkeypatch.chdir(tmp_path / "elsewhere")
+    asked = Path("../project/runs/stopped")
+    assert resume(asked) == Run(asked)
+    assert asked.resolve() == stopped_beside_its_inputs / "runs" / "stopped"
+    assert Run(asked).generator().facts["labels"]["forget"] == {"1": 2}
+    assert Path.cwd() == tmp_path / "elsewhere"
+
+
+def test_a_project_that_was_moved_is_resumed_from_where_it_is_now(
+    stopped_beside_its_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stopped_beside_its_inputs.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    finished = resume(Path("runs/stopped")).generator()
+    assert finished.facts["teacher"] == str(tmp_path / "moved" / "teacher")
+
+
+def test_a_stopped_run_goes_on_with_its_teacher_elsewhere(tmp_path: Path):
+    asked = {"iterations": 4, "checkpoint_every": 1}
     with dying_in_step(3):
-        resume(tmp_path / "run")
+        train(config(seal_teacher(tmp_path / "teacher"), **asked), tmp_path / "run")
     (tmp_path / "teacher").rename(tmp_path / "moved")
     moved = verify(tmp_path / "moved", "teacher")
     finished = train(config(moved, **asked), tmp_path / "run").generator()

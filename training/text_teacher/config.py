@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from sfd_deploy.config import StageConfig, read_values
+from sfd_deploy.models.network import LevelsConfig
 from sfd_deploy.training.frame import MonitorConfig, PaceConfig
 from sfd_deploy.training.teacher import TeacherConfig
 from sfd_deploy.training.text_teacher.coloured import SIDE
@@ -24,20 +25,6 @@ class TextEncoderConfig(StageConfig):
     def heads_must_fit(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width {self.width}")
-        return self
-
-
-class LevelsConfig(StageConfig):
-    """Channels of a network with halvings between its levels."""
-
-    block_channels: tuple[int, ...] = Field(min_length=1, description="channels per resolution level")
-    layers_per_block: int = Field(1, ge=1, description="residual layers per level")
-    norm_groups: int = Field(8, ge=1, description="groups of every GroupNorm; divides each entry of block_channels")
-
-    @model_validator(mode="after")
-    def groups_must_fit(self) -> Self:
-        if unfit := [channels for channels in self.block_channels if channels < 1 or channels % self.norm_groups]:
-            raise ValueError(f"norm_groups {self.norm_groups} do not divide {unfit[0]} channels")
         return self
 
 
