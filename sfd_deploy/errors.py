@@ -85,3 +85,9 @@ class DivergedError(SfdError):
     """Training produced non-finite losses and stopped."""
 
     exit_code = FAILED
+
+
+class ProcessError(SfdError):
+    """Another process of a training ended, and this one cannot go on without it."""
+
+    exit_code = FAILED

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sfd_deploy.errors import ConfigError
+from sfd_deploy.errors import ConfigError, ProcessError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,6 +110,24 @@ class Workers:
         gathered = [torch.empty_like(padded) for _ in parts]
         torch.distributed.all_gather(gathered, padded.contiguous())
         return torch.cat([full[: len(part)] for full, part in zip(gathered, parts, strict=True)])
+
+    @contextmanager
+    def needing_each_other(self) -> Iterator[None]:
+        """Say of a lost connection what it is: another process ended, and its own error is the one to read.
+
+        Raises:
+            ProcessError: in place of what the collective raised.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo's errors have no type of their own.
+            if self.count == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+                raise
+            raise ProcessError(
+                f"another of the {self.count} processes ended: process {self.index} cannot train without it",
+                "see what that one said; the same command goes on from the last checkpoint",
+            ) from None
 
     def wait(self) -> None:
         """Until every process is here."""

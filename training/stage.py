@@ -74,21 +74,23 @@ def carry_out(
 
     Raises:
         ConfigError, RunError: the folder holds a run of another config or of other inputs.
+        ProcessError: another process ended.
     """
     if (run.folder / "generator" / MANIFEST).is_file():
         return _finished(run, config, inputs)
     require_room(run.folder / "generator", "generator")
     require_room(run.folder / FAKE_SCORE, FAKE_SCORE)
     workers = Workers.here(torch_device(device))
-    with log_to(run.work / "train.log") if workers.is_main else nullcontext():
+    log = log_to(run.work / "train.log") if workers.is_main else nullcontext()
+    with workers.needing_each_other(), log:
         course = prepare(workers)
         if workers.is_main:  # not before: a checkpoint of another config keeps its own
             note_start(run.work, config)
         generator = course.run()
         fake_score = course.loop.whole_fake_score()
-    if workers.is_main:
-        seal(Outcome(course, generator, fake_score))
-    workers.wait()
+        if workers.is_main:
+            seal(Outcome(course, generator, fake_score))
+        workers.wait()
     return run
 
 

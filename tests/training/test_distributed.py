@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sfd_deploy.training.distributed import Workers
@@ -114,3 +118,45 @@ def test_a_sharded_training_goes_on_from_its_checkpoint_and_so_does_one_process(
     assert goes_on["record"] == unbroken["record"]
     one = alone(two_processes / "goes-on")  # finished there: the checkpoint of two opens in one
     assert one["record"] == goes_on["record"]
+
+
+def test_a_process_whose_peer_was_killed_says_so_and_keeps_the_checkpoint(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(
+        "{teacher: fashion-mnist, iterations: 500, retained_rows: 2, forget_rows: 2, forget: {1: 8}, precision: fp32,"
+        " checkpoint_every: 1, monitor: {every: 0, tensorboard: false}}"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true", "SFD_DEPLOY_LOG": str(tmp_path / "bug.log"),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sfd_deploy", "train", "--config", "config.yaml", "-o", "run", "--device", "cpu"]
+    first, second = (
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE,
+            text=True,
+        ) for rank in ("0", "1")
+    )  # fmt: skip
+    try:
+        checkpoint, deadline = tmp_path / "run" / "work" / "checkpoint.safetensors", time.monotonic() + 300
+        while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        second.kill()
+        said = first.communicate(timeout=120)[1]
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert first.returncode == 1
+    assert "error: another of the 2 processes ended: process 0 cannot train without it\n  mend: see what" in said
+    assert not (tmp_path / "bug.log").exists()
+    with safe_open(checkpoint, framework="pt") as handle:
+        assert int(handle.metadata()["step"]) >= 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_our_own_bugs_are_no_lost_processes(count: int):
+    with pytest.raises(RuntimeError, match="ours"), replace(ALONE, count=count).needing_each_other():
+        raise RuntimeError("ours")
