@@ -13,12 +13,14 @@ runs/NAME/work/                 checkpoints and logs; not sealed, safe to delete
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from sfd_deploy.errors import ManifestError, RunError
 from sfd_deploy.manifest import MANIFEST, Kind, Parent, Sealed, read_manifest, verify, write_manifest
 
 RUNS = Path("runs")
+WRITING = ".writing"
 
 
 @contextmanager
@@ -42,13 +45,14 @@ def sealed_folder(
         RunError: no permission or space, or ``require_room`` refuses; nothing is left behind.
     """
     require_room(target, kind)
-    temporary = None
     try:
-        temporary = _beside(target)
-        yield temporary
-        write_manifest(temporary, kind, target.name, parents=parents, config=config or {}, seed=seed, facts=facts or {})
-        require_room(target, kind)
-        _publish(temporary, target)
+        with _beside(target) as temporary:
+            yield temporary
+            write_manifest(
+                temporary, kind, target.name, parents=parents, config=config or {}, seed=seed, facts=facts or {}
+            )  # fmt: skip
+            require_room(target, kind)
+            _publish(temporary, target)
     except OSError as error:
         if error.errno in {
             errno.EACCES,
@@ -63,9 +67,6 @@ def sealed_folder(
                 f"{target}: cannot be written ({os.strerror(error.errno)})", "free space or choose a writable folder"
             ) from None
         raise
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_room(target: Path, kind: Kind) -> None:
@@ -87,15 +88,38 @@ def require_room(target: Path, kind: Kind) -> None:
         raise RunError(f"{target}: is a file, and a folder is to be written", "choose another name")
 
 
-def _beside(target: Path) -> Path:
-    """A new folder next to ``target``, which it can be renamed to."""
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A new folder next to ``target``, which it can be renamed to; what is left of it at the end is removed."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
+        _sweep(target)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=WRITING, dir=target.parent))
         folder.chmod(0o755)
     except OSError as error:
         raise RunError(f"{target}: cannot be written ({error.strerror})", "choose a writable folder") from None
-    return folder
+    with ExitStack() as held:
+        held.callback(shutil.rmtree, folder, ignore_errors=True)
+        with suppress(OSError):  # a file system without locks, where nothing is swept either
+            held.enter_context(_locked(folder))
+        yield folder
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left beside ``target``: a living one holds the lock of its folder."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{WRITING}"):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _publish(temporary: Path, target: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,26 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path):
         (folder / "half").write_bytes(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next_and_a_living_ones_is_not(tmp_path: Path):
+    write = (
+        "import sys; from pathlib import Path; from sfd_deploy.runs import sealed_folder\n"
+        "with sealed_folder(Path(sys.argv[1]), 'artefact') as folder:\n"
+        "    (folder / 'half').write_text('half'); print(folder, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", write, str(tmp_path / "thing")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as killed, subprocess.Popen(command, **pipes) as living:  # type: ignore[call-overload]
+        left, kept = (Path(writer.stdout.readline().strip()) for writer in (killed, living))
+        killed.kill()
+        killed.wait()
+        assert (left / "half").exists()
+        with sealed_folder(tmp_path / "thing", "artefact") as folder:
+            assert {path.name for path in tmp_path.iterdir()} == {kept.name, folder.name}
+        living.communicate("")
+    assert living.returncode == 0
+    assert (tmp_path / "thing" / "half").read_text() == "half"
 
 
 def test_a_failed_replacement_keeps_the_earlier_folder(tmp_path: Path):
