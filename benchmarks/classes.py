@@ -24,11 +24,12 @@ from benchmarks.rows import images_folder
 from benchmarks.workshop import Workshop
 from sfd_deploy.errors import OK
 from sfd_deploy.latents import Latents
+from sfd_deploy.manifest import Sealed
 from sfd_deploy.measure.judges import either_matrix
 from sfd_deploy.pictures import grid, save_png
 from sfd_deploy.runs import Run
 from sfd_deploy.runtime import open_runtime
-from sfd_deploy.runtime.seam import to_uint8
+from sfd_deploy.runtime.seam import Runtime, to_uint8
 
 SIZES = Sizes(forget=2000, override=2000, retained=200, reference=200, teacher_forget=1)
 COLUMNS = (
@@ -101,17 +102,20 @@ class Classes:
         forgotten = sorted(task.all_forgotten)
         retained = [label for label in range(shop.labels.count) if label not in forgotten]
         seconds = shop.seconds(SEED, *(part.name for part in _line(task)))
-        with closing(open_runtime(sealed)) as runtime:
+        with closing(self._open(sealed)) as runtime:
             return measure(runtime, forgotten, retained, shop.judges, self.sizes, seconds)
 
     def judges_error(self, override: int) -> Looked:
         """What the judges call the teacher's own samples of a label."""
 
         def draw_and_look() -> Looked:
-            with closing(open_runtime(self.workshop.teacher(SEED))) as runtime:
+            with closing(self._open(self.workshop.teacher(SEED))) as runtime:
                 return look_at(runtime, "override", override, self.sizes.override, self.workshop.judges)
 
         return self.ledger.result(f"override-{override}", Looked, draw_and_look)
+
+    def _open(self, sealed: Sealed) -> Runtime:
+        return open_runtime(sealed, self.workshop.device)
 
     def rows(self, task: Task) -> list[list[str]]:
         """A table row for each label that the task's generator has forgotten."""
@@ -136,7 +140,7 @@ class Classes:
         latents = Latents.of_stream("sample", 0, 0, len(labels))
         rows = []
         for task in tasks:
-            with closing(open_runtime(self.run(task).generator())) as runtime:
+            with closing(self._open(self.run(task).generator())) as runtime:
                 rows.append(to_uint8(runtime.draw(latents, labels)))
         return grid(np.concatenate(rows), len(labels), gap=2, scale=2)
 
@@ -175,21 +179,25 @@ def text(classes: Classes, tasks: Sequence[Task], origin: str) -> str:
 @click.option("--data", type=click.Choice(["fashion-mnist", "digits"]), default="fashion-mnist", show_default=True)
 @click.option("--images", type=click.Path(path_type=Path), help="Where a teacher must be trained: its images.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: runs/classes/<data>]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of PyTorch.")
 @click.option("--picture", type=click.Path(path_type=Path), default=Path("docs/classes.png"), show_default=True)
 @click.option("--page", "into", type=click.Path(path_type=Path), help="Also put the table into this page.")
 @click.option("--estimate-only", is_flag=True, help="Say how long it will take, and stop.")
 def command(
-    data: str, images: Path | None, output: Path | None, threads: int | None, picture: Path, into: Path | None,
-    estimate_only: bool,
+    data: str, images: Path | None, output: Path | None, device: str, threads: int | None, picture: Path,
+    into: Path | None, estimate_only: bool,
 ) -> int:  # fmt: skip
     """Forget each class in turn, several at once, one after another; run again to go on."""
     import torch
 
+    from sfd_deploy.runtime.pytorch import torch_device
+
+    where = torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     home = output or Path("runs") / "classes" / data
-    classes = open_classes(data, home, images_folder(data, images), SIZES)
+    classes = open_classes(data, home, images_folder(data, images), SIZES, where)
     tasks = tasks_for(either_matrix(classes.workshop.judges))
     work = classes.work(tasks)
     minutes = work.seconds(expect.costs(classes.workshop, False)) / 60 if work != expect.Work() else 0.0
@@ -198,7 +206,8 @@ def command(
         return OK
     for task in tasks:
         click.echo(f"{task.name}: {classes.rows(task)}", err=True)
-    origin = f"`python -m benchmarks.classes --data {data}`; {page.machine(torch.get_num_threads())}"
+    line = f"python -m benchmarks.classes --data {data}{page.device_flag(where)}"
+    origin = f"`{line}`; {page.computed_on(where)}"
     click.echo(table := text(classes, tasks, origin))
     save_png(classes.picture([task for task in tasks if task.name.startswith("class-")]), picture)
     if into is not None:
@@ -206,14 +215,10 @@ def command(
     return OK
 
 
-def open_classes(data: str, home: Path, images: Path, sizes: Sizes) -> Classes:
+def open_classes(data: str, home: Path, images: Path, sizes: Sizes, device: str = "cpu") -> Classes:
     """The tasks' results below ``home``, bound to preset and sizes."""
-    workshop = Workshop.of_preset(data, home, images)
-    settings = {
-        "train": workshop.train_config.resolved(), "sizes": sizes.resolved(),
-        "judges": [judge.digest for judge in workshop.judges],
-    }  # fmt: skip
-    return Classes(workshop, Ledger(home / "results", settings), sizes)
+    workshop = Workshop.of_preset(data, home, images, device)
+    return Classes(workshop, Ledger(home / "results", workshop.settings | {"sizes": sizes.resolved()}), sizes)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ def computed_on(device: str) -> str:
     return str(torch.cuda.get_device_name()) if device == "cuda" else machine(torch.get_num_threads())
 
 
+def device_flag(device: str) -> str:
+    """What a table's command line says of the device."""
+    return "" if device == "cpu" else f" --device {device}"
+
+
 def fill(page: Path, name: str, text: str) -> None:
     """Put ``text`` between ``<!-- name -->`` and ``<!-- /name -->`` of a page.
 

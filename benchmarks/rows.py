@@ -232,8 +232,7 @@ def command(
     verdict = rows_table.criteria(facts)
     line = f"python -m benchmarks.rows --data {data} --seeds {seeds} --rows {chosen}"
     line += f" --override-samples {override}" if override != Sizes().override else ""
-    line += f" --device {where}" if where != "cpu" else ""
-    text = rows_table.text(facts, verdict, f"`{line}`; {page.computed_on(where)}")
+    text = rows_table.text(facts, verdict, f"`{line}{page.device_flag(where)}`; {page.computed_on(where)}")
     click.echo(text)
     if picture is not None:
         curves.draw(records_of(rows, wanted), picture)
@@ -245,12 +244,7 @@ def command(
 def open_rows(data: str, home: Path, images: Path, sizes: Sizes, device: str = "cpu") -> Rows:
     """The rows of a data set below ``home``, bound to presets and sizes."""
     workshop = Workshop.of_preset(data, home, images, device)
-    settings = {
-        "train": workshop.train_config.resolved(), "teacher": workshop.teacher_config.resolved(),
-        "sizes": sizes.resolved(), "judges": [judge.digest for judge in workshop.judges],
-    }  # fmt: skip
-    if device != "cpu":  # minutes of two devices in one table would compare nothing
-        settings["device"] = device
+    settings = workshop.settings | {"teacher": workshop.teacher_config.resolved(), "sizes": sizes.resolved()}
     return Rows(workshop, Ledger(home / "results", settings), sizes)
 
 

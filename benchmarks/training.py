@@ -131,7 +131,7 @@ def command(
         text, name, line = reach.text(race, MIN_TIME_RATIO), "training to row", f"{line} --to-row RUN"
         failed = race.missed(MIN_TIME_RATIO)
     flags = f"{' --compile' if compiled else ''}{f' --precision {precision}' if precision else ''}"
-    flags += f" --device {device}" if device != "cpu" else ""
+    flags += page.device_flag(where)
     text += f"\n- Objective: ours {task.config.objective}, official sid.\n{line}{flags}`; {page.computed_on(where)}."
     click.echo(text)
     if into is not None:

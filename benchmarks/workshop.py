@@ -52,6 +52,13 @@ class Workshop:
         """Whether teacher and judges come with the package: then every seed shares them."""
         return self.name in embedded_names()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results belong to, whatever their table is."""
+        # Minutes of two devices in one table would compare nothing.
+        device = {} if self.device == "cpu" else {"device": self.device}
+        return {"train": self.train_config.resolved(), "judges": [judge.digest for judge in self.judges]} | device
+
     @cached_property
     def data(self) -> LabelledImages:
         """The training images."""

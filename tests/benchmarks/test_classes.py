@@ -3,9 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
 
-from benchmarks.classes import Classes, Task, override_for, tasks_for, text
+from benchmarks.classes import Classes, Task, command, override_for, tasks_for, text
 from benchmarks.ledger import Ledger
+from benchmarks.workshop import Workshop
 from sfd_deploy.manifest import verify
 from tests.benchmarks.conftest import TINY_SIZES, tiny_workshop
 
@@ -57,3 +61,21 @@ def test_runs_one_after_another_keep_what_was_forgotten_and_make_table_and_pictu
     assert classes.measured(second).retained.keys() == set(range(2, 10))
     assert classes.picture([first, second]).size == ((10 * 10 - 2) * 2, (2 * 10 - 2) * 2)
     assert classes.work([first, second]).iterations == 0
+
+
+def test_one_command_makes_the_table_the_picture_and_its_place_in_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Workshop, "of_preset", lambda _name, home, _images, device: tiny_workshop(home, device=device))
+    monkeypatch.setattr("benchmarks.classes.tasks_for", lambda _matrix: [Task("class-0", {0: 3})])
+    monkeypatch.setattr("benchmarks.classes.SIZES", TINY_SIZES)
+    page, picture = tmp_path / "results.md", tmp_path / "classes.png"
+    page.write_text("<!-- classes digits -->\n<!-- /classes digits -->\n")
+    arguments = ["--data", "digits", "-o", str(tmp_path), "--page", str(page), "--picture", str(picture)]
+    done = CliRunner().invoke(command, arguments, standalone_mode=False)
+    assert done.exception is None
+    assert done.return_value == 0
+    assert "| 0 → 3 | " in page.read_text()
+    assert "`python -m benchmarks.classes --data digits`; " in page.read_text()
+    with Image.open(picture) as drawn:
+        assert drawn.size == ((10 * 10 - 2) * 2, 8 * 2)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from click.testing import CliRunner
 
 from benchmarks import expect, page, rows_table
 from benchmarks import rows as rows_module
+from benchmarks.classes import open_classes
 from benchmarks.intervals import Difference
 from benchmarks.ledger import Ledger
 from benchmarks.rows import (
@@ -196,8 +199,13 @@ def test_the_images_at_32_pixels_are_those_at_28(monkeypatch: pytest.MonkeyPatch
     assert images_folder("fashion-mnist-32", Path("mine")) == Path("mine")
 
 
-def test_results_of_two_devices_are_not_put_into_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Workshop, "of_preset", lambda _name, home, _images, _device: tiny_workshop(home))
-    open_rows("digits", tmp_path, Path("digits"), TINY_SIZES)
+@pytest.mark.parametrize("open_table", [open_rows, open_classes])
+def test_results_of_two_devices_are_not_put_into_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_table: Callable[..., object]
+):
+    monkeypatch.setattr(
+        Workshop, "of_preset", lambda _name, home, _images, device: replace(tiny_workshop(home), device=device)
+    )
+    open_table("digits", tmp_path, Path("digits"), TINY_SIZES)
     with pytest.raises(ConfigError, match=r"other settings \(device\)"):
-        open_rows("digits", tmp_path, Path("digits"), TINY_SIZES, "cuda")
+        open_table("digits", tmp_path, Path("digits"), TINY_SIZES, "cuda")
