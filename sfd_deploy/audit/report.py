@@ -42,6 +42,7 @@ def render(record: AuditRecord, pictures: Pictures) -> str:
     verdict, outcome = OUTCOMES[record.exit_code]
     return _template().render(
         record=record,
+        policy=policy.resolved(),  # with the defaults of keys that an older record has not
         labels=labels,
         families=isinstance(labels, Families),
         about=partial(_about, labels),
@@ -55,7 +56,7 @@ def render(record: AuditRecord, pictures: Pictures) -> str:
         override_floors=_floors(record, labels, policy),
         missed={row.name: missed(row, record, labels, policy) for row in record.artefacts},
         strips=_strips(pictures, _shown(labels), labels, record),
-        gaps=not_established(record),
+        gaps=not_established(record, policy),
         host=host_facts(),
         versions=tool_versions(),
     )
@@ -93,7 +94,7 @@ def missed(row: ArtefactRecord, record: AuditRecord, labels: Labels, policy: Pol
     return {found.criterion for found in shortfalls(row.figures, record.teacher, labels, policy, row.precision)}
 
 
-def not_established(record: AuditRecord) -> list[str]:
+def not_established(record: AuditRecord, policy: Policy) -> list[str]:
     """What a reader might take this audit to show, and it does not; one plain sentence each."""
     absent = [row.name for row in record.artefacts if row.verdict == "not-runnable-here"]
     other = [row.name for row in record.artefacts if _arithmetic_differs(row)]
@@ -114,10 +115,10 @@ def not_established(record: AuditRecord) -> list[str]:
         gaps.append("Each bound is over a family: prompts drawn at random from its list, and random latents. It does "
                     "not bound a single prompt, and no prompt outside the families, above all none that somebody "
                     "searched for.")  # fmt: skip
-        gaps.append(
-            "That a prompt has many pictures: the limit on spread is a family's, whose prompts differ. What "
-            "is left of the teacher's variety in one prompt stands beside it; no limit is held to it."
-        )
+    if families and policy.min_prompt_spread == 0:
+        gaps.append("That a prompt has many pictures: the limit on spread is a family's, whose prompts differ. What "
+                    "is left of the teacher's variety in one prompt stands beside it; no limit is held to "
+                    "it.")  # fmt: skip
     return [
         *gaps,
         "The bounds hold for independent standard-normal latents, of which the plan's are a sample. A latent that "

@@ -61,6 +61,9 @@ class Policy(StageConfig):
     max_forget_rate: float = Field(0.01, gt=0, lt=1, description="limit on the bounds of the forget rate")
     max_retained_drop: float = Field(0.03, ge=0, le=1, description="mean retained accuracy below the teacher's own")
     min_spread: float = Field(0.7, ge=0, description="least within-class spread over the teacher's, any retained label")
+    min_prompt_spread: float = Field(
+        0.0, ge=0, description="of prompts: how far two images of one prompt are apart, over the teacher's; 0: no limit"
+    )
     max_frechet_ratio: float = Field(2.0, gt=0, description="Fréchet distance to real images over the teacher's own")
     max_override_gap: float = Field(
         0.05, ge=0, le=1, description="the override share may be this far below the teacher's accuracy on the override"

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from statistics import mean
 
 from sfd_deploy.errors import FAILED, INCONCLUSIVE, OK
-from sfd_deploy.evidence import ArtefactRecord, Figures, GuidedTeacherFigures, TeacherFigures, Verdict
+from sfd_deploy.evidence import (
+    ArtefactRecord,
+    FamilyFigures,
+    Figures,
+    GuidedTeacherFigures,
+    TeacherFigures,
+    Verdict,
+)
 from sfd_deploy.labels import MIXTURE, Labels
 from sfd_deploy.policy.plan import Policy
 from sfd_deploy.probes import Families
@@ -106,10 +113,23 @@ def _quality(figures: Figures, teacher: TeacherFigures, policy: Policy) -> Itera
         yield Shortfall("spread", "fail", (
             f"spread within a class is {figures.spread:.2f} of the teacher's, "
             f"at least {policy.min_spread:g} is wanted"))  # fmt: skip
+    if isinstance(figures, FamilyFigures):
+        yield from _within_prompts(figures.prompt_spread.overall, policy.min_prompt_spread)
     if figures.frechet_ratio > policy.max_frechet_ratio + ROUNDING:
         yield Shortfall("frechet", "fail", (
             f"Fréchet distance is {figures.frechet_ratio:.2f} times the teacher's, "
             f"at most {policy.max_frechet_ratio:g} is wanted"))  # fmt: skip
+
+
+def _within_prompts(spread: float | None, least: float) -> Iterator[Shortfall]:
+    if spread is None and least > 0:
+        yield Shortfall("prompt_spread", "inconclusive", (
+            "no kept prompt was drawn twice, so how far two images of one prompt are apart is unknown; more "
+            "retained_samples and reference_samples would tell"))  # fmt: skip
+    elif spread is not None and spread < least - ROUNDING:
+        yield Shortfall("prompt_spread", "fail", (
+            f"two images of one prompt are {spread:.2f} times as far apart as the teacher's, "
+            f"at least {least:g} is wanted"))  # fmt: skip
 
 
 def _override(figures: Figures, teacher: TeacherFigures, labels: Labels, policy: Policy) -> Iterator[Shortfall]:

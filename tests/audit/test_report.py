@@ -116,7 +116,7 @@ def test_only_what_keeps_a_row_from_passing_is_marked(audited):
 
 def test_what_was_not_established_is_said_for_the_rows_it_concerns(audited):
     record, text = audited
-    gaps = not_established(record)
+    gaps = not_established(record, POLICY)
     assert any("trt-rtx-int8" in gap and "could not run" in gap for gap in gaps)
     assert any("onnx-cpu-fp16" in gap and "arithmetic" in gap for gap in gaps)
     assert "The engine itself was NOT audited. The graph it was built from is onnx-trt-int8" in text
@@ -128,7 +128,7 @@ def test_a_clean_record_claims_no_gap_that_it_does_not_have(tmp_path, world):
     run = seal_run(tmp_path / "demo", world.teacher, ["onnx-cpu-fp32"])
     opener = Opener(generator=forgetful, onnx_cpu_fp32=forgetful)
     record, sealed = audit_run(run, policy=POLICY, judges=world.judges, teacher=world.teacher, open=opener)
-    assert not any("could not run" in gap or "arithmetic" in gap for gap in not_established(record))
+    assert not any("could not run" in gap or "arithmetic" in gap for gap in not_established(record, POLICY))
     text = (sealed.folder / "report.html").read_text()
     assert "Every audited artefact passed." in text
     assert 'class="missed"' not in text

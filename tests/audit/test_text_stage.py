@@ -337,6 +337,14 @@ def test_one_picture_a_prompt_is_seen_in_the_spread_of_one_prompt_where_the_fami
     assert "<small>0.00 of one prompt</small>" in page
     assert "stands beside it; no limit is held to it" in page
     assert contract_row(collapsed.row("generator"))["prompt_spread"] == 0
+    held = audit(
+        run, text_world, OnePicture(generator=forgetful), policy=POLICY.model_copy(update={"min_prompt_spread": 0.5})
+    )
+    assert [reason for reason in held.artefacts[0].reasons if "two images of one prompt are 0.00 times" in reason]
+    page = (run.folder / "audit" / "report.html").read_text()
+    assert '<small class="missed">0.00 of one prompt</small>' in page
+    assert "<small>≥ 0.5 of one prompt</small>" in page
+    assert "no limit is held to it" not in page
 
 
 def test_a_spread_of_one_prompt_is_of_the_images_drawn_from_that_prompt(tmp_path, text_world):

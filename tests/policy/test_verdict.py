@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from sfd_deploy.evidence import ArtefactRecord, Count, Figures, GuidedTeacherFigures, TeacherFigures
+from sfd_deploy.evidence import (
+    ArtefactRecord,
+    Count,
+    FamilyFigures,
+    Figures,
+    GuidedTeacherFigures,
+    TeacherFigures,
+)
 from sfd_deploy.labels import Labels
 from sfd_deploy.measure.rates import lower_bound, upper_bound
 from sfd_deploy.policy.plan import Policy
@@ -78,6 +85,19 @@ def test_each_criterion_missed_alone_fails_and_is_named(changed, named):
     assert found.verdict == "fail"
     assert len(found.reasons) == 1
     assert named in found.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("apart", "least", "expected"),
+    [(0.5, 0.5, "pass"), (0.49, 0.5, "fail"), (None, 0.5, "inconclusive"), (None, 0.0, "pass"), (0.0, 0.0, "pass")],
+)
+def test_images_of_one_prompt_must_be_as_far_apart_as_the_policy_says(apart, least, expected):
+    """The family's spread says nothing of it: here it is the teacher's own."""
+    values = figures(spread=1.0).model_dump() | {"drawn_instead": {}, "prompt_spread": {"overall": apart}}
+    policy = Policy(min_prompt_spread=least)
+    found = judge(FamilyFigures.model_validate(values), TEACHER, LABELS, policy, "fp32")
+    assert found.verdict == expected
+    assert all("one prompt" in reason for reason in found.reasons)
 
 
 def test_a_missed_criterion_outweighs_an_unsettled_rate_and_both_are_told():
