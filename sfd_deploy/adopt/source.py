@@ -11,8 +11,9 @@ from sfd_deploy.adopt.config import AdoptConfig
 from sfd_deploy.errors import ConfigError, LabelError, ModelError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import MANIFEST, FileRecord, Parent, Sealed, digest_of, verify
-from sfd_deploy.models.folder import Layout, find_layout, read_denoiser, read_json
+from sfd_deploy.models.folder import Layout, find_layout, read_json
 from sfd_deploy.models.generator import OneStepGenerator, keep_labels, labels_of, require_finite
+from sfd_deploy.models.parameterisation import read_denoiser
 from sfd_deploy.models.teachers import hash_files, name_classes
 
 if TYPE_CHECKING:

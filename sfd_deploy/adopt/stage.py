@@ -19,8 +19,8 @@ from sfd_deploy.labels import Labels
 from sfd_deploy.latents import Latents
 from sfd_deploy.manifest import MANIFEST, Parent, Sealed, verify
 from sfd_deploy.models.card import model_card
-from sfd_deploy.models.folder import read_denoiser
 from sfd_deploy.models.generator import OneStepGenerator, save_generator
+from sfd_deploy.models.parameterisation import read_denoiser
 from sfd_deploy.models.teachers import open_teacher
 from sfd_deploy.runs import Run, sealed_folder
 

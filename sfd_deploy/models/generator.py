@@ -16,7 +16,8 @@ from sfd_deploy.errors import LabelError, ManifestError, ModelError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import Sealed
 from sfd_deploy.models.denoiser import Denoiser
-from sfd_deploy.models.folder import contiguous, read_denoiser, reason_of, write_denoiser
+from sfd_deploy.models.folder import contiguous, reason_of, write_denoiser
+from sfd_deploy.models.parameterisation import read_denoiser
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel

@@ -17,8 +17,9 @@ from sfd_deploy.embedded import embedded_names, resolve
 from sfd_deploy.errors import LabelError, ModelError, RunError
 from sfd_deploy.labels import Labels, require_distinct
 from sfd_deploy.manifest import MANIFEST, FileRecord, Manifest, Sealed, digest_of, sha256_file, verify
-from sfd_deploy.models.folder import denoiser_builder, find_layout, read_json
+from sfd_deploy.models.folder import find_layout, read_json
 from sfd_deploy.models.generator import labels_of
+from sfd_deploy.models.parameterisation import denoiser_builder
 from sfd_deploy.models.sampler import SamplerConfig
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from sfd_deploy.errors import BAD_INPUT, ModelError
 from sfd_deploy.models.denoiser import DiscreteDenoiser, EdmDenoiser, FlowDenoiser
-from sfd_deploy.models.folder import find_layout, read_denoiser
+from sfd_deploy.models.folder import find_layout
 from sfd_deploy.models.generator import require_finite
+from sfd_deploy.models.parameterisation import read_denoiser
 from tests.models.exact import KINDS
 from tests.models.tiny import foreign_folder, tiny_denoiser
 
