@@ -138,6 +138,8 @@ def main(folder: Path, scenarios: dict[str, dict[str, Any]]) -> None:
     workers = Workers.here("cpu")
     flags = workers.any_of(workers.index == 1, False, True)
     (folder / f"flags-{workers.index}.json").write_text(json.dumps(flags))
+    patience = torch.distributed.distributed_c10d._get_default_group()._get_backend(workers.device).options._timeout
+    (folder / f"patience-{workers.index}.json").write_text(json.dumps(patience.total_seconds()))
     for name, changes in scenarios.items():
         if changes.pop("shard", False):
             shard(workers)

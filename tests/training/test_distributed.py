@@ -100,6 +100,11 @@ def test_a_flag_that_is_set_in_any_process_is_set_in_all(two_processes: Path):
     assert found(two_processes, "flags") == ([True, False, True], [True, False, True])
 
 
+def test_processes_wait_hours_for_the_one_that_looks_and_seals(two_processes: Path):
+    """NCCL's own default would end the training after ten minutes of a look, gloo's after thirty."""
+    assert min(found(two_processes, "patience")) > 6 * 3600
+
+
 def test_all_stop_together_when_one_of_them_diverges(two_processes: Path):
     """Its gradient alone is NaN, as a shard's may be: the other one's steps are skipped with it."""
     first, second = found(two_processes, "poisoned")
