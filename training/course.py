@@ -104,8 +104,9 @@ class Course:
             self._iterate_to_the_end()
         if self.loop.workers.is_main:
             self._say_doubts()
+        averaged = self.loop.averaged()  # every process takes part in gathering it, and looks are in one alone
         looked = self.rating is not None and self.rating.best is not None
-        return self.best if self.best is not None and looked else self.loop.averaged()
+        return self.best if self.best is not None and looked else averaged
 
     def _say_doubts(self) -> None:
         skipped, steps = self.loop.skipped, 2 * self.loop.config.iterations

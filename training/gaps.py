@@ -13,7 +13,7 @@ Energies are per value (divided by C*H*W). Keys: ``gap/retained``, ``gap/forget-
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +64,16 @@ def gap_figures(
     return figures | _by_label(rows) if by_label else figures
 
 
-def gradient_figures(network: str, gradients: Iterable[Tensor], clip_value: float) -> dict[str, float]:
+def gradient_figures(
+    network: str,
+    gradients: Iterable[Tensor],
+    clip_value: float,
+    together: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> dict[str, float]:
     """Largest absolute gradient and the share of values that clipping by ``clip_value`` changes.
 
-    Call it with the gradients before the clip; ``network`` names them: ``generator`` or ``fake-score``.
+    Call it with the gradients before the clip; ``network`` names them: ``generator`` or ``fake-score``. Where several
+    processes hold a part each, ``together`` puts their rows (1, 3) one below the other.
 
     Raises:
         ValueError: there are no gradients.
@@ -75,11 +81,12 @@ def gradient_figures(network: str, gradients: Iterable[Tensor], clip_value: floa
     found = [gradient.detach() for gradient in gradients]
     if not found:
         raise ValueError(f"{network} has no gradients")
-    largest = torch.stack(torch._foreach_norm(found, math.inf)).amax()
-    clipped = torch.stack([(gradient.abs() > clip_value).sum() for gradient in found]).sum()
-    maximum, count = torch.stack([largest.double(), clipped.double()]).tolist()
-    values = sum(gradient.numel() for gradient in found)
-    return {f"gradient/{network}/maximum": maximum, f"gradient/{network}/clipped-share": count / values}
+    largest = torch.stack(torch._foreach_norm(found, math.inf)).amax().double()
+    clipped = torch.stack([(gradient.abs() > clip_value).sum() for gradient in found]).sum().double()
+    count = torch.full_like(largest, sum(gradient.numel() for gradient in found))
+    rows = together(torch.stack([largest, clipped, count])[None])
+    maximum, (changed, total) = rows[:, 0].max().item(), rows[:, 1:].sum(0).tolist()
+    return {f"gradient/{network}/maximum": maximum, f"gradient/{network}/clipped-share": changed / total}
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,9 @@ class SfdLoop:
         gradients = [local(p.grad) for p in network.parameters() if p.grad is not None]
         gradients = [gradient for gradient in gradients if gradient.numel()]  # a small weight's shard may be empty
         if watched:
-            self.gradient_figures |= gradient_figures(name.replace(" ", "-"), gradients, self.config.clip_value)
+            self.gradient_figures |= gradient_figures(
+                name.replace(" ", "-"), gradients, self.config.clip_value, self.workers.together
+            )
         largest = torch.stack(torch._foreach_norm(gradients, float("inf"))).max()
         if self.workers.any_of(not bool(torch.isfinite(largest)))[0]:
             self._count_skip(name, step)

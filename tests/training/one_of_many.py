@@ -9,8 +9,10 @@ import json
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,10 +37,11 @@ def train(folder: Path, changes: dict[str, Any], workers: Workers) -> dict[str, 
     """Train with its checkpoint in ``folder``.
 
     In the process of that number, "poison" makes a gradient of the generator NaN, once gradients were exchanged, and
-    "interrupt" presses Ctrl-C in step 1. All processes die in the step "stop".
+    "interrupt" presses Ctrl-C in step 1. All processes die in the step "stop". With "look" the first one looks, and
+    finds its look at that step the best.
     """
     changes = dict(changes)
-    poisoned, interrupted, stop = (changes.pop(name, None) for name in ("poison", "interrupt", "stop"))
+    poisoned, interrupted, stop, look = (changes.pop(name, None) for name in ("poison", "interrupt", "stop", "look"))
     config = TrainConfig.from_mapping(VALUES | changes, "test")
     loop = SfdLoop(config, TINY_LABELS, tiny_generator().denoiser, workers=workers)
     if poisoned == workers.index:
@@ -46,7 +49,7 @@ def train(folder: Path, changes: dict[str, Any], workers: Workers) -> dict[str, 
     if interrupted == workers.index:
         loop.generator_step = interrupting(loop.generator_step)  # type: ignore[method-assign]
     exchanges = counted_exchanges(loop)
-    course = Course(loop, folder / "checkpoint.safetensors")
+    course = Course(loop, folder / "checkpoint.safetensors", watch=None if look is None else Watching(look))
     course.record_every = 1
     if stop is not None:
         loop.iterate = die_at(stop, loop.iterate)  # type: ignore[method-assign]
@@ -61,7 +64,35 @@ def train(folder: Path, changes: dict[str, Any], workers: Workers) -> dict[str, 
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "weights.safetensors")
     units = [type(module).__name__ for module in loop.generator.modules() if isinstance(module, FSDPModule)]
-    return {"record": course.record, "processes": workers.count, "sharded": units, "exchanges": exchanges}
+    return {"record": course.record, "processes": workers.count, "sharded": units, "exchanges": exchanges,
+            "gradients": loop.gradient_figures}  # fmt: skip
+
+
+@dataclass
+class Watching:
+    """An onlooker and its rating in one, which likes what it sees at step ``likes`` best."""
+
+    likes: int
+    best: Any = None
+    doubt: str = ""
+
+    @property
+    def rating(self) -> Any:
+        return self
+
+    def due(self, _step: int, last: bool = False) -> bool:
+        return True
+
+    def look(self, step: int, _generator: Any) -> dict[str, float]:
+        if step == self.likes:
+            self.best = SimpleNamespace(step=step)
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, _state: dict[str, Any]) -> None:
+        pass
 
 
 def counted_exchanges(loop: SfdLoop) -> dict[str, int]:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {}, "parts": {"accumulate": 2}, "shared": {"share_generated": True}, "bf16": {"precision": "bf16"},
     "poisoned": {"poison": 1, "iterations": 10}, "interrupted": {"interrupt": 1}, "sharded": {"shard": True},
-    "killed": {"folder": "goes-on", "stop": 2}, "goes-on": {},
+    "looked-at": {"look": 2}, "killed": {"folder": "goes-on", "stop": 2}, "goes-on": {},
 }  # fmt: skip
 ALONE = Workers(torch.device("cpu"))
 
@@ -83,6 +83,23 @@ def test_they_end_with_the_weights_of_one(two_processes: Path, tmp_path: Path):
         assert sum((ours[key] - theirs[key]).abs().sum() for key in ours) < 1e-3 * sum(
             v.abs().sum() for v in ours.values()
         )
+
+
+def test_a_sharded_training_that_one_process_rates_ends_with_the_fake_score_of_one_that_nobody_does(
+    two_processes: Path,
+):
+    """Looks are in the first process alone: what it exports may not keep it from gathering with the others."""
+    rated, unrated = (load_file(two_processes / name / "weights.safetensors") for name in ("looked-at", "sharded"))
+    theta, psi = ({key for key in rated if key.startswith(f"{network}.")} for network in ("theta", "psi"))
+    assert all(torch.equal(rated[key], unrated[key]) for key in psi)
+    assert not all(torch.equal(rated[key], unrated[key]) for key in theta)  # step 2's average, not step 4's
+
+
+def test_figures_of_gradients_are_those_of_every_shard(two_processes: Path, tmp_path: Path):
+    (first, second), one = found(two_processes, "sharded"), alone(tmp_path)
+    assert first["gradients"] == second["gradients"]
+    for name, value in one["gradients"].items():
+        assert first["gradients"][name] == pytest.approx(value, rel=0.05, abs=1e-3)
 
 
 def test_gradients_are_exchanged_once_a_step_in_however_many_parts_a_batch_goes(two_processes: Path):
