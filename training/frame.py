@@ -25,7 +25,7 @@ from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
 from sfd_deploy.training.precision import AUTO, Precision, autocast
 from sfd_deploy.training.previews import MOST_PER_LABEL, save_preview
 from sfd_deploy.training.schedule import linear_decay
-from sfd_deploy.training.steps import finite, require_finite_weights, run_steps, say_estimate
+from sfd_deploy.training.steps import Skips, run_steps, say_estimate
 from sfd_deploy.training.tensorboard import Scalars
 
 RECORD_EVERY = 10
@@ -79,6 +79,7 @@ class Training(ABC):
         self.ema = Ema(self.network, pace.ema_decay)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=pace.learning_rate, fused=True)
         self.networks: list[nn.Module] = [self.network, self.ema.network]
+        self.skips = Skips(task, self.network)
 
     @abstractmethod
     def loss(self, step: int, count: int) -> Tensor:
@@ -92,17 +93,18 @@ class Training(ABC):
         """One optimiser step on ``rows`` images, the config's batch unless given; returns the loss.
 
         Raises:
-            DivergedError: the loss is not finite.
+            DivergedError: losses or gradients stayed non-finite.
         """
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate_at(step, self.pace)
         with autocast(self.device, self.pace.precision):
             loss = self.loss(step, rows or self.pace.batch_size)
-        value = finite(loss, self.task, step)
         loss.backward()
-        self.optimiser.step()
+        value = loss.item()
+        if not self.skips.must(step, value):
+            self.optimiser.step()
+            self.ema.update(self.network, step)
         self.optimiser.zero_grad(set_to_none=True)
-        self.ema.update(self.network, step)
         return value
 
 
@@ -116,13 +118,13 @@ def train_to_end(
 
     Raises:
         ConfigError, ManifestError: the checkpoint is of another config, or damaged.
-        DivergedError: the loss, or a weight at the end, is not finite.
+        DivergedError: losses or gradients stayed non-finite, or a weight is; the last checkpoint stays.
         MemoryLimitError: the batch does not fit, with the one that would.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
     networks = {"net": training.network, "ema": training.ema.network}
     checkpoint = Checkpoint(checkpoint_file, networks, {"adam": training.optimiser}, bound)
-    step, _ = checkpoint.restore()
+    step, notes = checkpoint.restore()
     task, total = training.task, total_steps(training.pace)
     log = Scalars(checkpoint_file.parent / "tensorboard", enabled=monitor.tensorboard, step=step)
     watch = _Watch(training, monitor, checkpoint_file.parent / "previews", log)
@@ -130,12 +132,17 @@ def train_to_end(
     try:
         with log:
             say_estimate(task, training.iterate, total - step, training.networks, optimisers, training.device)
-            run_steps(task, step, total, watch.iterate, lambda done: checkpoint.save(done, {}), save_every)
+            training.skips.restore(notes)  # the probes' own skips are not the training's
+
+            def save(done: int) -> None:
+                checkpoint.save(done, training.skips.notes())
+
+            run_steps(task, step, total, watch.iterate, save, save_every, training.networks)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     else:
-        require_finite_weights(task, training.networks)
+        training.skips.tell(total)
         return
     # Outside the handler: the traceback there would keep the tensors that did not fit alive.
     raise _too_large(training)
@@ -176,4 +183,7 @@ def _too_large(training: Training) -> MemoryLimitError:
         mend = "not even one image fits: use a smaller network"
     else:
         mend = f"about {min(fits, batch - 1)} images would fit: lower `batch_size`"
-    return MemoryLimitError(f"out of memory on {device} with a batch of {batch}", f"{mend}; the checkpoint is kept")
+    return MemoryLimitError(
+        f"out of memory on {device} with a batch of {batch}",
+        f"{mend}, and train into a new folder: a checkpoint keeps to its config",
+    )

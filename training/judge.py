@@ -21,7 +21,7 @@ from sfd_deploy.training.data import ImagesConfig, LabelledImages
 from sfd_deploy.training.made import bound_to, require_unmade
 from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
 from sfd_deploy.training.precision import AUTO, Precision, autocast
-from sfd_deploy.training.steps import finite, require_finite_weights, run_steps, say_estimate
+from sfd_deploy.training.steps import Skips, run_steps, say_estimate
 from sfd_deploy.training.streams import stream
 from sfd_deploy.training.text_teacher.coloured import ColouredImages, load_coloured
 
@@ -151,7 +151,7 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
 
     Raises:
         ConfigError, ManifestError: the checkpoint is of another config or data, or damaged.
-        DivergedError: the loss, or a weight at the end, is not finite.
+        DivergedError: losses or gradients stayed non-finite, or a weight is; the last checkpoint stays.
         MemoryLimitError: the batch does not fit.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
@@ -162,7 +162,8 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
         classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     checkpoint = Checkpoint(checkpoint_file, {"net": classifier}, {"adam": optimiser}, bound_to(config, train))
-    step, _ = checkpoint.restore()
+    step, notes = checkpoint.restore()
+    skips = Skips("judge", classifier)
     total = config.epochs * steps_per_epoch(config, train)
     rates = one_cycle(config.learning_rate, total)
     loss_of = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
@@ -173,22 +174,29 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
         with autocast(device, config.precision):
             logits = classifier(images)
         loss = loss_of(logits.float(), labels)
-        value = finite(loss, "judge", step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.param_groups[0]["lr"] = rates[step]
-        optimiser.step()
+        value = loss.item()
+        if not skips.must(step, value):
+            optimiser.step()
         return f"loss {value:.4f}"
+
+    def save(done: int) -> None:
+        checkpoint.save(done, skips.notes())
 
     try:
         say_estimate("judge", iterate, total - step, [classifier], [optimiser], device)
-        run_steps("judge", step, total, iterate, lambda done: checkpoint.save(done, {}), CHECKPOINT_EVERY)
+        skips.restore(notes)  # the probes' own skips are not the training's
+        run_steps("judge", step, total, iterate, save, CHECKPOINT_EVERY, [classifier])
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryLimitError(f"out of memory on {device} with a batch of {config.batch_size}",
-                               "lower `batch_size`; the checkpoint is kept") from None  # fmt: skip
-    require_finite_weights("judge", [classifier])
+        raise MemoryLimitError(
+            f"out of memory on {device} with a batch of {config.batch_size}",
+            "lower `batch_size`, and train into a new folder: a checkpoint keeps to its config",
+        ) from None
+    skips.tell(total)
     classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return classifier.eval()
 

@@ -34,9 +34,9 @@ from sfd_deploy.training.mixture import Classify, retained_probabilities, teache
 from sfd_deploy.training.precision import autocast
 from sfd_deploy.training.rows import MIXED, Rows, draw_rows
 from sfd_deploy.training.schedule import linear_decay
+from sfd_deploy.training.steps import MAX_SKIPS_IN_A_ROW, all_finite
 from sfd_deploy.training.streams import stream
 
-MAX_SKIPS_IN_A_ROW = 5
 ALONE = Workers(torch.device("cpu"))
 
 
@@ -230,8 +230,7 @@ class SfdLoop:
             self.gradient_figures |= gradient_figures(
                 name.replace(" ", "-"), gradients, self.config.clip_value, self.workers.together
             )
-        largest = torch.stack(torch._foreach_norm(gradients, float("inf"))).max()
-        if self.workers.any_of(not bool(torch.isfinite(largest)))[0]:
+        if self.workers.any_of(not all_finite(gradients))[0]:
             self._count_skip(name, step)
             return False
         self.skips_in_a_row[name] = 0

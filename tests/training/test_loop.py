@@ -13,9 +13,10 @@ from sfd_deploy.labels import Labels
 from sfd_deploy.models.denoiser import Denoiser, EdmDenoiser
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.course import Course
-from sfd_deploy.training.loop import MAX_SKIPS_IN_A_ROW, SfdLoop
+from sfd_deploy.training.loop import SfdLoop
 from sfd_deploy.training.losses import sid_loss
 from sfd_deploy.training.rows import draw_rows
+from sfd_deploy.training.steps import MAX_SKIPS_IN_A_ROW
 from tests.conftest import TINY_LABELS, tiny_generator
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +147,7 @@ def test_images_that_do_not_fit_and_a_diverging_teacher_are_one_line(tmp_path: P
     data = halves(20, 0)
     with pytest.raises(DataError, match=r"images are \(1, 16, 16\), the network wants \(1, 32, 32\)"):
         train_teacher(teacher_config(network=NETWORK | {"image_size": 32}), data, tmp_path / "a.safetensors")
-    with pytest.raises(DivergedError, match="teacher loss is"):
+    with pytest.raises(DivergedError, match=r"teacher diverged: 5 non-finite steps in a row at step \d"):
         train_teacher(
             teacher_config(learning_rate=1e30, warmup_steps=0, images=8 * 40), data, tmp_path / "b.safetensors"
         )
@@ -185,8 +187,43 @@ def test_a_resumed_judge_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_judge_that_diverges_is_one_line(tmp_path: Path):
-    with pytest.raises(DivergedError, match="judge loss is nan at step"):
+    with pytest.raises(DivergedError, match=r"judge diverged: 5 non-finite steps in a row at step \d"):
         train_judge(judge_config(learning_rate=1e30), halves(64, 0), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("network", ["teacher", "judge"])
+def test_a_step_with_a_gradient_that_is_no_number_is_skipped_counted_and_told(
+    network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def trained(name: str) -> dict[str, torch.Tensor]:
+        file = tmp_path / f"{name}.safetensors"
+        if network == "teacher":
+            return train_teacher(teacher_config(), halves(64, 0), file).state_dict()
+        return train_judge(judge_config(), halves(40, 0), file).state_dict()
+
+    with spoilt_gradients(monkeypatch, {3}):
+        found = trained("one")
+    assert all(value.isfinite().all() for value in found.values())
+    said = capsys.readouterr().err
+    assert f"{network}: 1 of " in said
+    assert "steps skipped: non-finite loss or gradient" in said
+    with spoilt_gradients(monkeypatch, set(range(1, 100))):
+        with pytest.raises(DivergedError, match=f"{network} diverged: 5 non-finite steps in a row at step 5"):
+            trained("many")
+        assert not (tmp_path / "many.safetensors").exists()
+
+
+@contextmanager
+def spoilt_gradients(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> Iterator[None]:
+    """Gradients of the backward passes of these numbers hold an infinity."""
+    backward, count = torch.Tensor.backward, itertools.count()
+
+    def spoiling(loss: torch.Tensor) -> None:
+        backward(loss * torch.inf if next(count) in steps else loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", spoiling)
+        yield
 
 
 def test_weights_that_only_the_last_step_spoils_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -198,9 +235,9 @@ def test_weights_that_only_the_last_step_spoils_are_refused(tmp_path: Path, monk
             optimiser.param_groups[0]["params"][0].view(-1)[0] = float("inf")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
-    with pytest.raises(DivergedError, match="judge: weights are not finite after the last step"):
+    with pytest.raises(DivergedError, match="judge: weights are not finite after 1 steps"):
         train_judge(judge_config(epochs=1), halves(16, 0), tmp_path / "a.safetensors")
-    with pytest.raises(DivergedError, match="teacher: weights are not finite after the last step"):
+    with pytest.raises(DivergedError, match="teacher: weights are not finite after 1 steps"):
         train_teacher(teacher_config(images=8), halves(16, 0), tmp_path / "b.safetensors")
 
 
