@@ -70,6 +70,12 @@ class Labels(StageConfig):
         """Every label that stands for a forgotten one, in order."""
         return tuple(sorted({override for label in self.forget for override in self.overrides_of(label)}))
 
+    def foremost(self, most: int) -> tuple[int, ...]:
+        """The labels to picture, in order: all if they are few, else all forget and override labels and the first."""
+        owed = [*self.forget, *self.overrides]
+        chosen = dict.fromkeys([*owed, *range(self.count)])
+        return tuple(sorted(list(chosen)[: max(most, len(set(owed)))]))
+
     def overrides_of(self, label: int) -> tuple[int, ...]:
         """The labels that may be drawn for a forget label: its override, or all retained ones for the mixture."""
         override = self.forget[label]

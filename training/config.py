@@ -118,7 +118,8 @@ class TrainConfig(LoopConfig):
         "or with init_from of a run that forgot, more of the same",
     )
     classifier: str | None = Field(
-        None, description="a judge folder; for the mixture: how likely is each retained label at a noisy image"
+        None,
+        description="a judge folder, or a shipped one's name; for the mixture: how likely each retained label is",
     )
     monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training, and how often")
 

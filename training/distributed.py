@@ -147,6 +147,16 @@ class Workers:
             )
 
 
+def require_alone(task: str) -> None:
+    """Refuse a launcher's several processes: each would train the same and write over the other.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(f"{task}: is trained by one process, and {count} were launched", "start it without launcher")
+
+
 def _row_major(network: nn.Module) -> None:
     # FSDP2 shards no channels-last weights.
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

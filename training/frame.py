@@ -20,6 +20,7 @@ from sfd_deploy.config import StageConfig
 from sfd_deploy.models.network import Ema
 from sfd_deploy.runtime.seam import Images
 from sfd_deploy.training.checkpoint import Checkpoint
+from sfd_deploy.training.distributed import require_alone
 from sfd_deploy.training.estimate import largest_batch
 from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
 from sfd_deploy.training.precision import AUTO, Precision, autocast
@@ -117,11 +118,12 @@ def train_to_end(
     beside the checkpoint.
 
     Raises:
-        ConfigError, ManifestError: the checkpoint is of another config, or damaged.
+        ConfigError, ManifestError: the checkpoint is of another config, or damaged; several processes.
         DivergedError: losses or gradients stayed non-finite, or a weight is; the last checkpoint stays.
         MemoryLimitError: the batch does not fit, with the one that would.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
+    require_alone(training.task)
     networks = {"net": training.network, "ema": training.ema.network}
     checkpoint = Checkpoint(checkpoint_file, networks, {"adam": training.optimiser}, bound)
     step, notes = checkpoint.restore()

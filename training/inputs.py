@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from sfd_deploy.embedded import resolve
 from sfd_deploy.errors import ConfigError, RunError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import MANIFEST, Parent, Sealed, verify
-from sfd_deploy.measure.judges import Judge, open_judge, require_same_classes
+from sfd_deploy.measure.judges import Judge, load_judge, require_same_classes
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import labels_of, load_generator, load_teacher
 from sfd_deploy.models.teachers import open_teacher
@@ -87,7 +88,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
 
     Raises:
         ConfigError: another teacher than the pinned one; a mixture without classifier, or the other way round.
-        RunError: the earlier run is of another teacher, or none.
+        RunError: the earlier run is of another teacher, or none; no such classifier.
         LabelError: the forget map does not fit the labels, or what was forgotten earlier.
         ManifestError, DigestError: a folder is not what its manifest says.
     """
@@ -97,7 +98,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
     known = labels_of(teacher).plain() if earlier is None else labels_of(earlier.generator)
     labels = known.forgetting(config.forget)
     config.require_classifier(labels)
-    classifier = None if config.classifier is None else open_judge(Path(config.classifier))
+    classifier = None if config.classifier is None else load_judge(resolve(config.classifier, "judge"))
     require_same_classes([] if classifier is None else [classifier], labels.class_names, "the teacher")
     return Inputs(teacher=teacher, earlier=earlier, labels=labels, classifier=classifier)
 

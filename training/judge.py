@@ -18,6 +18,7 @@ from sfd_deploy.progress import log_to
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.training.checkpoint import Checkpoint
 from sfd_deploy.training.data import ImagesConfig, LabelledImages
+from sfd_deploy.training.distributed import require_alone
 from sfd_deploy.training.made import bound_to, require_unmade
 from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
 from sfd_deploy.training.precision import AUTO, Precision, autocast
@@ -150,11 +151,12 @@ def train_judge(config: JudgeConfig, train: LabelledImages, checkpoint_file: Pat
     """Train to the end, resuming from ``checkpoint_file`` if it is there.
 
     Raises:
-        ConfigError, ManifestError: the checkpoint is of another config or data, or damaged.
+        ConfigError, ManifestError: the checkpoint is of another config or data, or damaged; several processes.
         DivergedError: losses or gradients stayed non-finite, or a weight is; the last checkpoint stays.
         MemoryLimitError: the batch does not fit.
         KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
     """
+    require_alone("judge")
     torch.manual_seed(config.seed)
     classifier = config.classifier.build(len(train.class_names)).to(device).train()
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub lacks it; in place

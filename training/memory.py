@@ -20,6 +20,22 @@ class MemoryLimitError(SfdError):
 
 
 @contextmanager
+def saying_no_room(device: str) -> Iterator[None]:
+    """Turn an allocator's error into one line, where no batch is at fault yet.
+
+    Raises:
+        MemoryLimitError: naming the device.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = f"out of memory on {device} before the first step: three networks and their optimisers do not fit"
+        raise MemoryLimitError(what, "free memory, spread the training with FSDP2, or use a smaller network") from None
+
+
+@contextmanager
 def saying_what_fits(loop: SfdLoop) -> Iterator[None]:
     """Turn an allocator's error into one line with the largest batch that would fit.
 
@@ -49,13 +65,13 @@ def _too_large(loop: SfdLoop) -> MemoryLimitError:
     fits = None if workers.count > 1 else largest_batch(loop)
     if fits is None:
         return MemoryLimitError(what, f"set `accumulate` to {2 * config.accumulate} or more; the checkpoint is kept")
-    if fits < 1:
+    if fits < 1 or rows == 1:
         return MemoryLimitError(what, "not even one row fits; free memory or use a smaller network")
     fits = min(fits, rows - 1)  # more than did not fit is a misjudgement
     parts = -(-config.rows(loop.labels) // fits)
     return MemoryLimitError(
         what,
-        f"about {fits} rows would fit: set `accumulate` to {parts}, or fewer retained_rows; the checkpoint is kept",
+        f"about {fits} rows would fit: set `accumulate` to {parts}, which changes no result; the checkpoint is kept",
     )
 
 

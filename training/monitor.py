@@ -30,6 +30,7 @@ from sfd_deploy.models.generator import OneStepGenerator
 from sfd_deploy.runtime.pytorch import GeneratorRuntime, TeacherRuntime
 from sfd_deploy.runtime.seam import Images
 from sfd_deploy.training.previews import (
+    LABELS_SHOWN,
     MOST_PER_LABEL,
     QUICK_SAMPLER,
     device_of,
@@ -86,13 +87,16 @@ class Watch:
 
     def look(self, step: int, generator: OneStepGenerator) -> dict[str, float]:
         """Draw, write a preview grid, and with a judge measure; figures keyed ``watch/…``, none without a judge."""
-        judged = 0 if self.rating is None else self.config.samples
-        if not (per_label := max(judged, self.config.previews)):
+        shown, previews = self.labels.foremost(LABELS_SHOWN), self.config.previews
+        if self.rating is None and not previews:
             return {}
         runtime = GeneratorRuntime(generator, device_of(generator))
-        images = draw_by_label(runtime, range(self.labels.count), per_label)
-        save_preview(images[:, : self.config.previews], self.folder, step)
-        return {} if self.rating is None else self.rating.look(step, lambda label, count: images[label, :count])
+        if self.rating is None:
+            save_preview(draw_by_label(runtime, shown, previews), self.folder, step)
+            return {}
+        images = draw_by_label(runtime, range(self.labels.count), max(self.config.samples, previews))
+        save_preview(images[list(shown), :previews], self.folder, step)
+        return self.rating.look(step, lambda label, count: images[label, :count])
 
     def _draw_teacher(self, label: int, count: int) -> Images:
         runtime = TeacherRuntime(self.teacher, QUICK_SAMPLER, device_of(self.teacher))

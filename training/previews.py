@@ -18,6 +18,7 @@ from sfd_deploy.runtime.seam import Images, Runtime, draw_all, to_uint8
 QUICK_SAMPLER = SamplerConfig(steps=8)
 DRAW_BATCH = 128
 MOST_PER_LABEL = 1000
+LABELS_SHOWN = 20  # in a grid; of more, forget and override labels first
 SMALLEST_ROW = 56  # pixels; smaller images are enlarged
 
 

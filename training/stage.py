@@ -26,6 +26,7 @@ from sfd_deploy.training.course import Course
 from sfd_deploy.training.distributed import Workers
 from sfd_deploy.training.inputs import FAKE_SCORE, Inputs, Origin, load_start, open_inputs
 from sfd_deploy.training.loop import SfdLoop
+from sfd_deploy.training.memory import saying_no_room
 from sfd_deploy.training.monitor import Watch
 from sfd_deploy.training.precision import settled
 from sfd_deploy.training.started import note_start
@@ -83,7 +84,8 @@ def carry_out(
     workers = Workers.here(torch_device(device))
     log = log_to(run.work / "train.log") if workers.is_main else nullcontext()
     with workers.needing_each_other(), log:
-        course = prepare(workers)
+        with saying_no_room(workers.device.type):
+            course = prepare(workers)
         if workers.is_main:  # not before: a checkpoint of another config keeps its own
             note_start(run.work, config)
         generator = course.run()
@@ -123,8 +125,8 @@ def _seal(run: Run, config: TrainConfig, inputs: Inputs, outcome: Outcome) -> No
         teacher = inputs.teacher
         card = model_card(
             "One-step generator by score forgetting distillation",
-            f"Distilled from teacher `{teacher.name}` (digest `{teacher.digest}`) in {config.iterations} iterations.",
-            "Forgotten:", inputs.labels, outcome.generator,
+            f"Distilled from teacher `{teacher.name}` (digest `{teacher.digest}`) in {config.iterations} iterations. "
+            "The teacher's licence applies.", "Forgotten:", inputs.labels, outcome.generator, teacher.name,
         )  # fmt: skip
         (target / "README.md").write_text(card, encoding="utf-8")
 

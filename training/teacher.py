@@ -27,7 +27,7 @@ from sfd_deploy.runtime.seam import Images
 from sfd_deploy.training.data import ImagesConfig, LabelledImages
 from sfd_deploy.training.frame import MonitorConfig, PaceConfig, Training, total_steps, train_to_end
 from sfd_deploy.training.made import bound_to
-from sfd_deploy.training.previews import QUICK_SAMPLER, device_of, draw_by_label
+from sfd_deploy.training.previews import LABELS_SHOWN, QUICK_SAMPLER, device_of, draw_by_label
 from sfd_deploy.training.streams import stream
 
 CHECKPOINT_EVERY = 500
@@ -97,9 +97,9 @@ class TeacherTraining(Training):
         return teacher_loss(self.denoiser, images, labels, sigma, noise).mean()
 
     def preview(self, per_row: int) -> Images:
-        """A row a label."""
+        """A row a label, of the first labels."""
         runtime = TeacherRuntime(self.averaged, QUICK_SAMPLER, self.device)
-        return draw_by_label(runtime, range(len(self.data.class_names)), per_row)
+        return draw_by_label(runtime, range(min(LABELS_SHOWN, len(self.data.class_names))), per_row)
 
 
 def _copy_weights(source: Sealed, unet: torch.nn.Module) -> None:

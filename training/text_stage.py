@@ -12,6 +12,7 @@ import torch
 
 from sfd_deploy.errors import ConfigError
 from sfd_deploy.manifest import Sealed
+from sfd_deploy.models.card import base_model
 from sfd_deploy.models.denoiser import Denoiser
 from sfd_deploy.models.generator import OneStepGenerator
 from sfd_deploy.models.text.folder import TextParts, load_parts
@@ -138,7 +139,7 @@ def model_card(prompts: Prompts, teacher: Sealed, config: TextTrainConfig) -> st
     more = [f"- and {len(forgotten) - CARD_PROMPTS} more"] if len(forgotten) > CARD_PROMPTS else []
     return "\n".join([
         "---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags: [one-step, machine-unlearning]",
-        f"base_model: {teacher.name}", "base_model_relation: finetune", "---", "",
+        *base_model(teacher.name), "---", "",
         "# One-step text-to-image generator by score forgetting distillation", "",
         f"Distilled from teacher `{teacher.name}` (digest `{teacher.digest}`) in {config.iterations} iterations, the",
         f"teacher guided by {config.guidance.teacher:g}. The teacher's licence applies.", "",

@@ -228,4 +228,5 @@ def _card(source: Parent, generator: OneStepGenerator, labels: Labels, teacher: 
         "One-step generator, trained elsewhere",
         f"Adopted from `{source.name}` (digest `{source.digest}`). Teacher: {distilled}.",
         "Claimed to be forgotten, which an audit has to show:", labels, generator,
+        None if teacher is None else teacher.name,
     )  # fmt: skip

@@ -55,7 +55,7 @@ def render(record: AuditRecord, pictures: Pictures) -> str:
         retained_floor=retained_floor(record.teacher, policy),
         override_floors=_floors(record, labels, policy),
         missed={row.name: missed(row, record, labels, policy) for row in record.artefacts},
-        strips=_strips(pictures, _shown(labels), labels, record),
+        strips=_strips(pictures, labels.foremost(LABELS_SHOWN), labels, record),
         gaps=not_established(record, policy),
         host=host_facts(),
         versions=tool_versions(),
@@ -137,14 +137,7 @@ def _arithmetic_differs(row: ArtefactRecord) -> bool:
     return bool(row.settings.get("arithmetic", row.precision) != row.precision)
 
 
-def _shown(labels: Labels) -> list[int]:
-    """The labels that get pictures: all if they are few, else forget and override labels first."""
-    first = [*labels.forget, *labels.overrides]
-    chosen = list(dict.fromkeys([*first, *range(labels.count)]))[: max(LABELS_SHOWN, len(set(first)))]
-    return sorted(chosen)
-
-
-def _strips(pictures: Pictures, shown: list[int], labels: Labels, record: AuditRecord) -> dict[str, Any]:
+def _strips(pictures: Pictures, shown: tuple[int, ...], labels: Labels, record: AuditRecord) -> dict[str, Any]:
     """Picture table: sources across, labels down, each cell a data URI and what it shows."""
     absent = {row.name for row in record.artefacts if row.verdict == "not-runnable-here"}
     sources = [name for name in pictures if name not in absent]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from sfd_deploy.labels import Labels
@@ -57,7 +58,14 @@ images = scheduler.step(unet(noisy, t, class_labels=labels).sample, t, noisy).pr
 }
 
 
-def model_card(title: str, origin: str, claim: str, labels: Labels, generator: OneStepGenerator) -> str:
+def base_model(teacher: str | None) -> list[str]:
+    """The header's lines on what a generator was made of; a hub shows its licence with them."""
+    return [] if teacher is None else [f"base_model: {json.dumps(teacher)}", "base_model_relation: finetune"]
+
+
+def model_card(
+    title: str, origin: str, claim: str, labels: Labels, generator: OneStepGenerator, teacher: str | None = None
+) -> str:
     """The card, with the fields that model hubs read; ``claim`` introduces the list of what is forgotten."""
     names = labels.class_names
     forgotten = [
@@ -69,7 +77,7 @@ def model_card(title: str, origin: str, claim: str, labels: Labels, generator: O
     shape, asked = ", ".join(map(str, generator.image_shape)), list(labels.retained[:2])
     return "\n".join([
         "---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation",
-        "tags: [one-step, machine-unlearning]", "---", "", f"# {title}", "", origin, "",
+        "tags: [one-step, machine-unlearning]", *base_model(teacher), "---", "", f"# {title}", "", origin, "",
         claim, *(forgotten or ["- nothing"]), "",
         "One step, by stock diffusers; images are in [-1, 1]:", "",
         "```python", "import torch", 'folder = "."  # this one',

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import verify
@@ -59,6 +60,15 @@ def test_a_card_says_what_is_drawn_for_what():
     card = model_card("Title", "From.", "Forgotten:", labels, tiny_generator_of("edm"))
     assert "Forgotten:\n- bag (label 0): shirt is drawn instead (label 2)\n- coat (label 1): a mixture of the" in card
     assert "Forgotten:\n- nothing\n" in model_card("T", "F", "Forgotten:", labels.plain(), tiny_generator_of("edm"))
+
+
+def test_a_hub_reads_the_cards_header():
+    header = model_card("T", "F", "Forgotten:", TINY_LABELS, tiny_generator_of("edm"), "lab: [7]").split("---\n")[1]
+    assert yaml.safe_load(header) == {
+        "library_name": "diffusers", "pipeline_tag": "unconditional-image-generation",
+        "tags": ["one-step", "machine-unlearning"], "base_model": "lab: [7]", "base_model_relation": "finetune",
+    }  # fmt: skip
+    assert "base_model" not in model_card("T", "F", "Forgotten:", TINY_LABELS, tiny_generator_of("edm"))
 
 
 def test_the_noise_level_is_one_that_the_network_was_trained_at():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sfd_deploy.embedded import resolve
+from sfd_deploy.config import preset_names, read_values
+from sfd_deploy.embedded import embedded_names, resolve
 from sfd_deploy.errors import LabelError, ManifestError, ModelError, RunError
 from sfd_deploy.latents import Latents
 from sfd_deploy.models.generator import labels_of, load_teacher
@@ -139,6 +141,17 @@ def test_a_hub_model_is_downloaded_without_pickles_and_remembers_its_commit(hub)
 def test_a_model_that_the_hub_does_not_give_is_one_line(hub):
     with pytest.raises(RunError, match="somebody/else: no such folder, and the model hub did not give it"):
         open_teacher("somebody/else")
+
+
+@pytest.mark.parametrize("name", preset_names("train"))
+def test_no_shipped_config_asks_a_hub_for_a_teacher_that_is_a_folder_of_the_users_own(name, hub, tmp_path, monkeypatch):
+    """``teachers/cifar10`` is a hub's name too, of whoever owns ``teachers`` there."""
+    monkeypatch.chdir(tmp_path)
+    teacher = read_values(name, "train")[0]["teacher"]
+    if teacher not in embedded_names():
+        with pytest.raises(RunError, match=re.escape(f"{teacher}: no such teacher")):
+            open_teacher(teacher)
+    assert not hub
 
 
 def test_a_mistyped_path_or_name_does_not_go_to_the_hub(hub, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sfd_deploy.errors import ConfigError, ManifestError
 from sfd_deploy.models.generator import OneStepGenerator
 from sfd_deploy.training.course import Course
-from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory
+from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory, saying_no_room
 from tests.training.test_loop import tiny_loop, weights
 from tests.training.text_loop import text_loop
 
@@ -281,6 +281,22 @@ def test_out_of_memory_is_one_line_with_the_batch_that_would_fit_and_keeps_the_c
     resumed = course(tmp_path / "a.safetensors")
     assert resumed.step == 2
     assert same_weights(resumed.run(), course(tmp_path / "b.safetensors").run())
+
+
+def test_one_row_that_does_not_fit_is_not_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Two smaller batches may still say that three would."""
+    alone = course(tmp_path / "a.safetensors", accumulate=8)
+    monkeypatch.setattr("sfd_deploy.training.memory.largest_batch", lambda _: 3)
+    alone.loop.iterate = lambda *_, **__: torch.empty(2**50)  # type: ignore[assignment, method-assign]
+    with pytest.raises(MemoryLimitError, match="1 rows at once; not even one row fits"):
+        alone.run()
+
+
+def test_networks_that_do_not_fit_are_one_line():
+    with pytest.raises(MemoryLimitError, match="out of memory on cuda before the first step"), saying_no_room("cuda"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(RuntimeError, match="shape mismatch"), saying_no_room("cuda"):
+        raise RuntimeError("shape mismatch")
 
 
 def test_only_an_allocators_error_counts_as_out_of_memory():

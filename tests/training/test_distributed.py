@@ -18,8 +18,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sfd_deploy.errors import ConfigError
 from sfd_deploy.training.distributed import Workers
+from sfd_deploy.training.judge import train_judge
+from sfd_deploy.training.teacher import train_teacher
 from tests.training.one_of_many import train
+from tests.training.test_teacher_and_judge import halves, judge_config, teacher_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # In this order: what comes after "sharded" runs under FSDP2.
@@ -176,6 +180,14 @@ def test_a_process_whose_peer_was_killed_says_so_and_keeps_the_checkpoint(tmp_pa
     assert not (tmp_path / "bug.log").exists()
     with safe_open(checkpoint, framework="pt") as handle:
         assert int(handle.metadata()["step"]) >= 1
+
+
+def test_a_teacher_and_a_judge_are_trained_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="teacher: is trained by one process, and 2 were launched"):
+        train_teacher(teacher_config(), halves(8, 0), tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match="judge: is trained by one process, and 2 were launched"):
+        train_judge(judge_config(), halves(8, 0), tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("count", [1, 2])

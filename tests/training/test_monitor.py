@@ -23,7 +23,7 @@ from sfd_deploy.models.generator import OneStepGenerator
 from sfd_deploy.models.network import NetworkConfig
 from sfd_deploy.runtime.pytorch import GeneratorRuntime, TeacherRuntime
 from sfd_deploy.training.monitor import MonitorConfig, Watch
-from sfd_deploy.training.previews import device_of
+from sfd_deploy.training.previews import device_of, draw_by_label
 from sfd_deploy.training.rating import Experts, Look, Rating, excused_bound, rank
 from tests.audit.toy import (
     LABELS,
@@ -129,6 +129,18 @@ def test_a_resumed_watch_gives_the_record_of_an_unbroken_one(judge_folder, tmp_p
     assert best_step(second) == best_step(whole) == 2
     with pytest.raises(ConfigError, match="unknown key `stop`"):
         rated(second).restore({"looks": [{"stop": 3}]})
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_of_many_labels_a_preview_has_the_forgotten_and_the_first(judged, judge_folder, tmp_path, monkeypatch):
+    """A thousand classes would be eight thousand images a look."""
+    monkeypatch.setattr("sfd_deploy.training.monitor.LABELS_SHOWN", 2)
+    ((forgotten, override),) = LABELS.forget.items()
+    seen = []
+    monkeypatch.setattr("sfd_deploy.training.monitor.save_preview", lambda images, *_: seen.append(images))
+    watch(tmp_path, judge_folder if judged else None, previews=3).look(5, teacher_painter)  # type: ignore[arg-type]
+    expected = draw_by_label(ToyRuntime(teacher_painter), sorted({forgotten, override}), 3)  # type: ignore[arg-type]
+    assert np.array_equal(seen[0], expected)
 
 
 def test_previews_are_a_row_a_label_with_the_same_latents_every_time(judge_folder, tmp_path):

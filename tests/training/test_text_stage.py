@@ -79,7 +79,7 @@ def test_a_run_records_its_lineage_its_prompts_and_how_it_was_trained(run: Run, 
     assert {"gap_retained", "gap_forget"} <= rows[-1].keys()
     card = (sealed.folder / "README.md").read_text()
     assert "pipeline_tag: text-to-image" in card
-    assert "base_model: tiny-sd\nbase_model_relation: finetune" in card
+    assert 'base_model: "tiny-sd"\nbase_model_relation: finetune' in card
     assert "'a red sandal': 'a red sneaker' is drawn instead" in card
 
 
