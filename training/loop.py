@@ -245,7 +245,8 @@ class SfdLoop:
         if self.skips_in_a_row[name] >= MAX_SKIPS_IN_A_ROW:
             raise DivergedError(
                 f"training diverged: {self.skips_in_a_row[name]} non-finite steps in a row at step {step}",
-                "lower generator_rate and fake_score_rate, or alpha, in the config",
+                "lower generator_rate and fake_score_rate, or alpha, and train into a new folder: "
+                "a checkpoint keeps to its config",
             )
 
 

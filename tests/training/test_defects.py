@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sfd_deploy.cli.main import exit_code_of
-from sfd_deploy.errors import DivergedError, LabelError
+from sfd_deploy.errors import ConfigError, DivergedError, LabelError
 from sfd_deploy.labels import Labels
 from sfd_deploy.training.config import TrainConfig
 from sfd_deploy.training.course import Course
@@ -125,6 +125,10 @@ def test_d5_early_averages_let_go_of_the_start_and_the_audited_weights_are_the_e
     assert share < 1e-3
     course = Course(tiny_loop(), tmp_path / "c.safetensors")
     assert course.run() is course.loop.ema.network
+    published = {"teacher": "any", "iterations": 50_000, "ema_decay": 0.9999, "ema_ramp": False}
+    assert TrainConfig.from_mapping(published, "test").ema_ramp is False  # keeps 0.7 %
+    with pytest.raises(ConfigError, match="61% of what is exported would be the start"):
+        TrainConfig.from_mapping(published | {"iterations": 5_000}, "test")
 
 
 def test_d6_training_fails_loudly_and_goes_on_without_special_hardware(
