@@ -41,7 +41,7 @@ class LoopConfig(StageConfig):
         1 / 9,
         gt=0,
         description="lambda, the forget part's weight in both steps: apart, the generator overshoots. 1/9: each of ten "
-        "labels weighs the same (official code: 0.01 for long runs)",
+        "labels, one of them forgotten, weighs the same; of F among K, F / (K - F) does (official: 0.01, long runs)",
     )
     objective: Literal["sid", "diff-instruct"] = Field(
         "sid",

@@ -45,7 +45,7 @@ class PaceConfig(StageConfig):
 
     images: int = Field(ge=1, description="training images seen, with repetition")
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(1.5e-3, gt=0, description="AdamW; measured on small networks")
+    learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's, weight decay 0.01; measured on small networks")
     warmup_steps: int = Field(200, ge=0)
     decay_share: float = Field(0.4, ge=0, le=1, description="last part of the training with linear decay to 0")
     ema_decay: float = Field(0.9995, ge=0, lt=1)
