@@ -55,6 +55,9 @@ types: set-up .types  ## mypy --strict and the import contract
 	cd .types && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p sfd_deploy
 	cd .types && PYTHONPATH=. ../$(BIN)/lint-imports --config ../pyproject.toml
 
+docs: set-up  ## docs/keys.md, from what the configs say of their keys
+	$(BIN)/python -m tests.keys
+
 bench: set-up  ## the published tables, from the latest run
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/forgetting.py

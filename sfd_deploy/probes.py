@@ -46,7 +46,7 @@ class Family(StageConfig):
     """Prompts that are judged as one thing."""
 
     shows: str = Field(description="a class of at least two judges: what the images should be called")
-    prompts: PromptTexts
+    prompts: PromptTexts = Field(description="a list of prompts, or the name or file of a prompt list")
 
 
 class TeacherChanges(StageConfig):
@@ -70,7 +70,7 @@ class Probes(StageConfig):
     override: Family | None = Field(
         None, description="what the training prompts become; left out, anything else that the concept's judges know"
     )
-    retained: dict[str, Family] = Field(min_length=1)
+    retained: dict[str, Family] = Field(min_length=1, description="name → what must have stayed")
     teacher: TeacherChanges = TeacherChanges()
     control: float = Field(
         0.5, gt=0, le=1, description="share of the teacher's images of the training prompts that must show the concept;"

@@ -33,9 +33,13 @@ class LoopConfig(StageConfig):
         None, pattern="^[0-9a-f]{12,64}$", description="the teacher's digest must begin so; left out, any teacher goes"
     )
     iterations: int = Field(ge=1, description="each is one fake-score step and one generator step (official: 50,000)")
-    retained_rows: int = Field(56, ge=1, description="batch rows with retained labels (official: 128)")
+    retained_rows: int = Field(
+        56, ge=1, description="batch rows with retained labels; ours: decision 0002's first row (official: 128)"
+    )
     forget_rows: int = Field(
-        8, ge=1, description="batch rows with forget labels; none when nothing is forgotten (official: 128)"
+        8,
+        ge=1,
+        description="batch rows with forget labels, none when nothing is forgotten; ours, like those (official: 128)",
     )
     forget_weight: float = Field(
         1 / 9,
@@ -60,13 +64,24 @@ class LoopConfig(StageConfig):
     )
     sigma_min: float = Field(0.137, gt=0, description="lowest noise level of training, as in every SFD configuration")
     sigma_max: float = Field(13.0, gt=0, description="highest noise level of training, as in every SFD configuration")
-    fake_score_rate: float = Field(5e-4, gt=0, description="Adam's learning rate of psi (official: 1e-5 to 3e-5)")
-    generator_rate: float = Field(2e-4, gt=0, description="Adam's learning rate of theta (official: 1e-5)")
+    fake_score_rate: float = Field(
+        5e-4,
+        gt=0,
+        description="Adam's learning rate of psi; ours, for hundreds of iterations: decision 0002's first row "
+        "(official: 1e-5 to 3e-5)",
+    )
+    generator_rate: float = Field(
+        2e-4,
+        gt=0,
+        description="Adam's learning rate of theta, not above psi's; ours, as fake_score_rate (official: 1e-5)",
+    )
     decay_share: float = Field(
         0.0, ge=0, le=1, description="last part of the run in which both rates fall linearly to 0 (official: none)"
     )
     clip_value: float = Field(1.0, gt=0, description="gradients of both networks are clipped by value (official: 1.0)")
-    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the generator, per step (official: 0.9999)")
+    ema_decay: float = Field(
+        0.99, ge=0, lt=1, description="of the generator, per step; ours, for hundreds of steps (official: 0.9999)"
+    )
     ema_ramp: bool = Field(
         True,
         description="decay min(ema_decay, (1 + k) / (10 + k)): without it (official) early averages still hold the "
@@ -81,7 +96,7 @@ class LoopConfig(StageConfig):
     )
     compile: bool = Field(False, description="torch.compile, on a GPU only (docs/decisions/0001)")
     checkpoint_every: int = Field(50, ge=1, description="iterations from one checkpoint to the next")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of everything that is drawn: labels, latents, noise levels, noise")
 
     @model_validator(mode="after")
     def ranges_must_fit(self) -> Self:

@@ -44,11 +44,11 @@ class PaceConfig(StageConfig):
     """How far, how fast and how precisely one optimiser goes."""
 
     images: int = Field(ge=1, description="training images seen, with repetition")
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="images a step; ours, for short trainings")
     learning_rate: float = Field(1.5e-3, gt=0, description="AdamW's, weight decay 0.01; measured on small networks")
-    warmup_steps: int = Field(200, ge=0)
+    warmup_steps: int = Field(200, ge=0, description="first steps, in which the learning rate rises linearly; ours")
     decay_share: float = Field(0.4, ge=0, le=1, description="last part of the training with linear decay to 0")
-    ema_decay: float = Field(0.9995, ge=0, lt=1)
+    ema_decay: float = Field(0.9995, ge=0, lt=1, description="of the averaged weights, which are kept, per step; ours")
     precision: Precision = Field("auto", description=f"autocast of the network's forward pass; auto: {AUTO}")
 
 

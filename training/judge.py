@@ -36,11 +36,11 @@ class JudgeConfig(ImagesConfig):
     coloured: Literal["object", "colour"] | None = Field(
         None, description="colour the images as a text-to-image teacher's are, and judge this; names are the captions'"
     )
-    epochs: int = Field(12, ge=1)
-    batch_size: int = Field(128, ge=1)
+    epochs: int = Field(12, ge=1, description="passes over the training images")
+    batch_size: int = Field(128, ge=1, description="images a step")
     learning_rate: float = Field(3e-3, gt=0, description="AdamW's peak, one cycle")
-    weight_decay: float = Field(0.02, ge=0)
-    label_smoothing: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.02, ge=0, description="AdamW's")
+    label_smoothing: float = Field(0.05, ge=0, lt=1, description="share of the target spread over all classes")
     shift: int = Field(2, ge=0, description="random shift in pixels, either way")
     edges: Literal["black", "repeat"] = Field("black", description="what a shift moves in: -1, or the edge again")
     flip: bool = Field(True, description="random horizontal flips")
@@ -50,7 +50,7 @@ class JudgeConfig(ImagesConfig):
     )  # fmt: skip
     precision: Precision = Field("auto", description=f"autocast of the forward pass while training; auto: {AUTO}")
     min_accuracy: float = Field(0.0, ge=0, le=1, description="on held-out real images; below it the judge is refused")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of weights, order, shifts, flips and colours")
 
     @model_validator(mode="after")
     def coloured_images_are_given(self) -> Self:

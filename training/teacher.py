@@ -34,14 +34,14 @@ CHECKPOINT_EVERY = 500
 
 
 class TeacherConfig(PaceConfig, ImagesConfig):
-    """How a teacher is trained; every default is a figure from arXiv 2206.00364 unless it says otherwise."""
+    """How a teacher is trained: EDM's loss and noise levels (arXiv 2206.00364); the pace is ours."""
 
     network: NetworkConfig
     init_from: str | None = Field(None, description="a teacher folder whose weights to start from")
     log_sigma_mean: float = Field(-1.2, description="mean of ln sigma")
-    log_sigma_std: float = Field(1.2, gt=0)
-    sigma_data: float = Field(0.5, gt=0)
-    seed: int = Field(0, ge=0)
+    log_sigma_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma")
+    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the images, which scales the network")
+    seed: int = Field(0, ge=0, description="of weights, images, noise levels and noise")
     monitor: MonitorConfig = MonitorConfig()
 
 

@@ -89,7 +89,7 @@ class AdapterConfig(StageConfig):
 class TextTrainConfig(LoopConfig):
     """Score forgetting distillation of a Stable-Diffusion-shaped teacher, in latent space (arXiv 2409.11219)."""
 
-    kind: Literal["text-to-image"]
+    kind: Literal["text-to-image"] = Field(description="without it, the config is of class labels")
     retained: str = Field(description=f"prompts that stay: {LIST}; better thousands than tens, never with the concept")
     forget_phrase: PhraseConfig | None = Field(None, description="a concept that goes by name")
     forget_attribute: AttributeConfig | None = Field(None, description="an attribute that goes by negative prompt")

@@ -42,7 +42,7 @@ class ClassifierConfig(StageConfig):
     architecture: Literal["plain", "residual"] = Field(
         description="plain: convolutions, ReLU, max-pooling; residual: strided residual blocks, SiLU"
     )
-    channels: int = Field(ge=1, le=MOST_CHANNELS)
+    channels: int = Field(ge=1, le=MOST_CHANNELS, description="image channels")
     widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="channels per resolution level")
 
     def build(self, num_classes: int) -> Classifier:

@@ -55,11 +55,6 @@ def test_a_mixture_needs_a_classifier_and_a_classifier_a_mixture():
         config(classifier="judge").require_classifier(LABELS)
 
 
-def test_every_field_says_what_it_is():
-    bare = [name for name, field in TrainConfig.model_fields.items() if not field.description]
-    assert bare == ["seed"]
-
-
 OFFICIAL = {
     "objective": "sid", "iterations": 50_000, "retained_rows": 128, "alpha": 1.2, "sigma_init": 2.5, "sigma_min": 0.137,
     "sigma_max": 13.0, "generator_rate": 1e-5, "clip_value": 1.0, "ema_decay": 0.9999, "ema_ramp": False,

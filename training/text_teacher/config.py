@@ -17,7 +17,7 @@ class TextEncoderConfig(StageConfig):
     """Shape of a ``transformers.CLIPTextModel``."""
 
     width: int = Field(ge=1, description="of a token's vector; the U-Net's cross attention reads it")
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, description="transformer layers")
     heads: int = Field(ge=1, description="attention heads; divide the width")
     hidden: int = Field(ge=1, description="width of the layers between")
 
@@ -50,7 +50,7 @@ class VaeConfig(PaceConfig):
     """An image autoencoder and how it is trained: squared error + absolute error + a little KL, as means."""
 
     levels: LevelsConfig
-    latent_channels: int = Field(4, ge=1)
+    latent_channels: int = Field(4, ge=1, description="channels of the latents; Stable Diffusion's number")
     absolute_weight: float = Field(1.0, ge=0, description="of the absolute error beside the squared")
     kl_weight: float = Field(1e-4, ge=0, description="of the KL divergence from a standard normal, mean a latent")
 
@@ -58,7 +58,7 @@ class VaeConfig(PaceConfig):
 class TextTeacherConfig(PaceConfig):
     """A tokenizer, an autoencoder, and a text encoder with its U-Net, whose pace the outer keys are."""
 
-    kind: Literal["text-to-image"]
+    kind: Literal["text-to-image"] = Field(description="without it, the config is of class labels")
     prompt_tokens: int = Field(24, ge=3, description="a prompt's length in tokens, start and end included")
     vae: VaeConfig
     text_encoder: TextEncoderConfig
@@ -67,7 +67,7 @@ class TextTeacherConfig(PaceConfig):
     guidance: float = Field(3.0, ge=1, description="of the previews and of what judges measure")
     sampler_steps: int = Field(20, ge=1, description="DDIM steps of the previews and of what judges measure")
     weights: Literal["fp32", "fp16"] = Field("fp32", description="what the folder's weights are saved in")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of weights, captions, images, noise levels and noise")
     monitor: MonitorConfig = MonitorConfig()
 
     @model_validator(mode="after")

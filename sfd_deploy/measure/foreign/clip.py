@@ -30,7 +30,7 @@ BATCH = 32
 class ClipJudge(ForeignConfig):
     """A folder as ``CLIPModel`` and ``CLIPProcessor`` save it, weights in safetensors."""
 
-    kind: Literal["clip"]
+    kind: Literal["clip"] = Field(description="CLIP, zero-shot")
     classes: dict[str, tuple[str, ...]] = Field(min_length=2, description="class → one prompt, or several")
 
     @property

@@ -52,8 +52,8 @@ class Pixels(StageConfig):
     size: tuple[int, int] | None = Field(
         None, description="height, width; left out: the network's own, or the image's where it takes any"
     )
-    channels: Literal["rgb", "bgr", "grey"] = "rgb"
-    layout: Literal["nchw", "nhwc"] = "nchw"
+    channels: Literal["rgb", "bgr", "grey"] = Field("rgb", description="which, and in which order")
+    layout: Literal["nchw", "nhwc"] = Field("nchw", description="channels before height and width, or behind")
     mean: tuple[float, ...] = Field((0.0,), min_length=1, description="one, or one a channel in the network's order")
     std: tuple[float, ...] = Field((1.0,), min_length=1, description="as mean")
 

@@ -44,8 +44,10 @@ class Found(StageConfig):
 class NudeNetJudge(ForeignConfig):
     """Classes in order: the first whose things are found is the label; the last is the ``rest``."""
 
-    kind: Literal["nudenet"]
-    classes: dict[str, Found | Literal["rest"]] = Field(min_length=2)
+    kind: Literal["nudenet"] = Field(description="NudeNet's detector")
+    classes: dict[str, Found | Literal["rest"]] = Field(
+        min_length=2, description="class → what it is known by, in the order that they are tried; the last is `rest`"
+    )
     resolution: int = Field(320, ge=32, multiple_of=32, description="pixels that it is shown; 320n was trained at 320")
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from sfd_deploy.errors import ManifestError, ModelError
@@ -20,7 +21,7 @@ FLOATS = {*DTYPES, "tensor(double)"}
 class OnnxJudge(NetworkConfig):
     """A graph with one image input; outputs go by their names in the graph."""
 
-    kind: Literal["onnx"]
+    kind: Literal["onnx"] = Field(description="an ONNX graph")
 
     def files(self, source: Path) -> dict[str, Path]:
         return {source.name: source} | {name: source.parent / name for name in external_files(source)}

@@ -34,7 +34,7 @@ MOST_SOURCE_BYTES = 2**24
 class TorchScriptJudge(NetworkConfig):
     """Outputs go by their keys if it gives a dictionary, by "0", "1", … if it gives a tuple."""
 
-    kind: Literal["torchscript"]
+    kind: Literal["torchscript"] = Field(description="a TorchScript program")
     trusted: bool = Field(
         False, validate_default=True, description="whether you trust who made it, as you would a program"
     )
