@@ -42,7 +42,7 @@ def say_estimate(
     stderr_console().print(f"{task}: {found}", highlight=False)
 
 
-def all_finite(gradients: Sequence[Tensor]) -> bool:
+def all_finite(gradients: list[Tensor]) -> bool:
     """Whether every value is a number."""
     return bool(torch.stack(torch._foreach_norm(gradients, math.inf)).max().isfinite())
 
