@@ -94,7 +94,7 @@ def test_a_text_teacher_interrupted_by_ctrl_c_goes_on_to_the_same_weights(
     [
         ({"kind": "text"}, 2, "`kind`: Input should be 'text-to-image'"),
         ({"prompt_tokens": 2}, 2, "`prompt_tokens`"),
-        ({"learning_rate": 1e30}, 1, "text-teacher loss is"),
+        ({"learning_rate": 1e30}, 1, "text-teacher diverged"),
     ],
 )
 def test_a_text_teacher_that_cannot_be_is_one_line_and_writes_none(changes, code, message, data, tmp_path, capsys):
