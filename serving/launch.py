@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -32,6 +32,7 @@ from sfd_deploy.serving.repository import PROBE, Probe
 
 HOST = "127.0.0.1"
 EXIT_TIMEOUT_S = 10
+LISTEN_S = 0.1  # between looks at whether to stop
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps it
 READY_TIMEOUT_S = 120.0
 SAID = "sfd-deploy: "  # begins what serving/backend/model.py says
@@ -66,14 +67,21 @@ class Server:
     log: Path
     process: subprocess.Popen[bytes]
 
-    def wait(self) -> None:
-        """Return when the server ends by itself.
+    def wait(self, told: Callable[[], bool]) -> None:
+        """Return when told to, with the server still running.
+
+        ``told`` is looked at ten times a second: a signal that comes in the instant before a wait without an
+        end begins, or in another thread, would not be heard until that wait is over.
 
         Raises:
-            BackendError: always, with the last error of its log: it should run until it is stopped.
+            BackendError: the server ended by itself; with the last error of its log.
         """
-        status = self.process.wait()
-        raise BackendError(f"Triton ended by itself, status {status} ({reason_in(self.log)})", f"see {self.log}")
+        while not told():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self.process.wait(LISTEN_S)
+                raise BackendError(
+                    f"Triton ended by itself, status {status} ({reason_in(self.log)})", f"see {self.log}"
+                )
 
 
 @contextmanager

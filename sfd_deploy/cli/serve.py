@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ import click
 from rich.console import Console
 
 from sfd_deploy.cli.options import json_option, run_argument, show, table
-from sfd_deploy.errors import SfdError
 
 if TYPE_CHECKING:
     from sfd_deploy.manifest import Sealed
@@ -92,12 +90,13 @@ def keep_running(run: Run, repository: Sealed, triton: Triton, ports: Ports, as_
     with (
         handled_by(signal.default_int_handler),
         launched(models, triton, run.work / "triton.log", ports) as server,
-        stopped_by_signals(server),
+        heard() as told,
     ):
         value = describe(repository, server)
         probe = Probe.load(models / server.models[0] / PROBE)
         show(value, as_json, lambda console: print_server(console, value, server, probe))
-        server.wait()
+        server.wait(lambda: bool(told))
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -112,25 +111,15 @@ def handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None
 
 
 @contextmanager
-def stopped_by_signals(server: Server) -> Iterator[None]:
-    """A signal ends the server, and the block with it.
+def heard() -> Iterator[list[int]]:
+    """The signals that told the block to stop, so far.
 
-    An exception raised by a handler can be lost where Python ignores exceptions (a destructor, a C callback);
-    the end of the server's process cannot.
+    A list, as an exception raised by a handler can be lost where Python ignores exceptions (a destructor, a C
+    callback), and a lock that a handler takes may be held by what it interrupted.
     """
-    told = Event()
-
-    def stop(_order: int, _frame: FrameType | None) -> None:
-        told.set()
-        server.process.terminate()
-
-    with handled_by(stop):
-        try:
-            yield
-        except SfdError:
-            if told.is_set():
-                raise KeyboardInterrupt from None
-            raise
+    orders: list[int] = []
+    with handled_by(lambda order, _frame: orders.append(order)):
+        yield orders
 
 
 def describe(repository: Sealed, server: Server | None = None) -> dict[str, Any]:

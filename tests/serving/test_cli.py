@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from sfd_deploy.cli.main import exit_code_of, main
-from sfd_deploy.cli.serve import curl_example
+from sfd_deploy.cli.serve import curl_example, heard
 from sfd_deploy.policy.plan import Policy
 from sfd_deploy.runs import Run
 from sfd_deploy.serving import install
@@ -161,12 +162,24 @@ def test_launch_prints_where_it_answers_and_stops_cleanly_when_told(run, triton,
     assert "Signal (15) received" in (run.work / "triton.log").read_text()
 
 
+@pytest.mark.parametrize("order", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_interrupts_no_call_of_the_main_thread_is_heard(order):
+    with subprocess.Popen(["sleep", "60"]) as process, heard() as told:
+        server = Server("localhost:1", "localhost:2", "localhost:3", ("m",), Path("log"), process)
+        here = threading.Timer(0.3, lambda: signal.pthread_kill(threading.get_ident(), order))
+        here.start()
+        server.wait(lambda: bool(told))
+        assert process.poll() is None
+        process.kill()
+    assert told == [order]
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize(("kind", "shape"), [("run", [1, 1, 16, 16]), ("text_run", [1, 3, 16, 16])])
 def test_the_printed_curl_command_draws_an_image(kind, shape, request, triton, capsys, monkeypatch):
     run, answers = request.getfixturevalue(kind), []
 
-    def paste(server: Server) -> None:
+    def paste(server: Server, told: Callable[[], bool]) -> None:
         command = capsys.readouterr().out.splitlines()[-1]
         answers.append(json.loads(subprocess.run(command, shell=True, capture_output=True, check=True).stdout))
         raise KeyboardInterrupt

@@ -21,7 +21,7 @@ from sfd_deploy.latents import standard_normal
 from sfd_deploy.runs import Run
 from sfd_deploy.serving.config import ServingConfig
 from sfd_deploy.serving.install import Triton
-from sfd_deploy.serving.launch import HARMLESS, HOST, Ports, launched, reason_in, reserve, servable, started
+from sfd_deploy.serving.launch import HARMLESS, HOST, Ports, Server, launched, reason_in, reserve, servable, started
 from sfd_deploy.serving.repository import Entry, Probe, write_model
 from sfd_deploy.serving.stage import build_repository
 from tests.conftest import seal_tiny_run
@@ -47,8 +47,10 @@ def server_processes(mark: str) -> list[str]:
     return sorted(name for name in found if name in {"tritonserver", "triton_python_backend_stub"})
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("sfd_deploy_*")}
+def shared_memory(server: Server) -> set[str]:
+    """What this server shares with its stubs: others may run beside it."""
+    (prefix,) = (part.rpartition("=")[2] for part in server.process.args if "shm-region-prefix-name" in part)
+    return {path.name for path in Path("/dev/shm").glob(f"{prefix}*")}
 
 
 def free(address: str) -> bool:
@@ -59,14 +61,13 @@ def free(address: str) -> bool:
 
 @pytest.mark.triton
 def test_after_the_block_no_process_port_or_shared_memory_is_left(repository, triton, tmp_path):
-    before = shared_memory()
     with launched(repository / "python", triton, tmp_path / "log") as server:
         assert server.models == (MODEL,)
         assert server_processes(str(repository)) == ["triton_python_backend_stub", "tritonserver"]
-        assert shared_memory() > before
+        assert shared_memory(server)
     assert server.process.returncode == 0
     assert server_processes(str(repository)) == []
-    assert shared_memory() <= before
+    assert not shared_memory(server)
     assert all(free(address) for address in (server.http, server.grpc, server.metrics))
 
 
@@ -83,17 +84,18 @@ def test_an_error_in_the_block_stops_the_server_and_passes_through(repository, t
 
 @pytest.mark.triton
 def test_a_server_that_ends_by_itself_is_reported(repository, triton, tmp_path):
-    before = shared_memory()
+    servers = []
 
     def kill_inside() -> None:
         with launched(repository / "python", triton, tmp_path / "log") as server:
+            servers.append(server)
             server.process.kill()
-            server.wait()
+            server.wait(lambda: False)
 
     with pytest.raises(BackendError, match="ended by itself, status -9"):
         kill_inside()
     assert server_processes(str(repository)) == []
-    assert shared_memory() <= before
+    assert not shared_memory(servers[0])
 
 
 PARENT = """
