@@ -204,11 +204,12 @@ def images_folder(data: str, given: Path | None) -> Path:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of PyTorch")
 @click.option("--page", "into", type=click.Path(path_type=Path), help="Also put the table into this page.")
+@click.option("--table", "marker", help="The table's markers in the page  [default: rows <data>]")
 @click.option("--curves", "picture", type=click.Path(path_type=Path), help="Also draw the trainings' gaps: a PNG.")
 @click.option("--estimate-only", is_flag=True, help="Say how long it will take, and stop.")
 def command(
     data: str, images: Path | None, seeds: int, chosen: str, output: Path | None, override: int, device: str,
-    threads: int | None, into: Path | None, picture: Path | None, estimate_only: bool,
+    threads: int | None, into: Path | None, marker: str | None, picture: Path | None, estimate_only: bool,
 ) -> int:  # fmt: skip
     """Make each row of the table of methods; run again to go on."""
     import torch
@@ -237,7 +238,7 @@ def command(
     if picture is not None:
         curves.draw(records_of(rows, wanted), picture)
     if into is not None:
-        page.fill(into, f"rows {data}", text)
+        page.fill(into, marker or f"rows {data}", text)
     return FAILED if verdict.missed else OK
 
 

@@ -129,8 +129,15 @@ def test_one_command_makes_the_padded_rows_their_picture_and_their_page(tmp_path
                  "--page", str(tmp_path / "page.md")]  # fmt: skip
     result = CliRunner().invoke(command, arguments, standalone_mode=False)
     assert result.exception is None, result.output
+    (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "<!-- mine --><!-- /mine -->")
+    again = CliRunner().invoke(
+        command, [*arguments[:3], "teacher", *arguments[4:], "--table", "mine"], standalone_mode=False
+    )
+    assert again.exception is None, again.output
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".png"] == ["curves.png"]
-    table = (tmp_path / "page.md").read_text()
+    table, mine = (tmp_path / "page.md").read_text().split("<!-- mine -->")
+    assert rows_table.TITLES["teacher"] in mine
+    assert rows_table.TITLES["sfd"] not in mine
     assert "--override-samples 7" in table
     assert "on 7 samples of the override label" in table
     assert all(rows_table.TITLES[name] in table for name in ("teacher", "distilled", "sfd"))

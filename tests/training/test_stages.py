@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sfd_deploy.embedded import resolve
 from sfd_deploy.errors import ConfigError, LabelError, RunError
 from sfd_deploy.labels import Labels
 from sfd_deploy.manifest import Sealed, verify
@@ -187,6 +188,14 @@ def seal_blind_judge(target: Path, channels: int, seed: int = 0) -> None:
     images = LabelledImages(np.zeros((6, channels, 16, 16), np.uint8), np.arange(6) % 3, CLASSES.class_names)
     torch.manual_seed(seed)
     seal_judge(asked, asked.classifier.build(3).eval(), images, images, target, "black")
+
+
+def test_a_mixtures_classifier_may_be_a_shipped_judge_by_its_name():
+    asked = {"forget": {"Trouser": "mixture"}, "classifier": "fashion-mnist/judge-plain"}
+    inputs = open_inputs(TrainConfig.from_mapping({"teacher": "fashion-mnist", "iterations": 1} | asked, "test"))
+    assert inputs.classifier is not None
+    assert inputs.classifier.digest == resolve("fashion-mnist/judge-plain", "judge").digest
+    assert inputs.classifier.digest in {parent.digest for parent in inputs.parents}
 
 
 def test_a_judge_of_other_images_is_refused_before_the_first_step(teacher: Sealed, tmp_path: Path):
