@@ -23,11 +23,11 @@ from sfd_deploy.models.sampler import SamplerConfig
 from sfd_deploy.progress import progress_bar
 from sfd_deploy.runs import sealed_folder
 from sfd_deploy.runtime.pytorch import TeacherRuntime
-from sfd_deploy.runtime.seam import Images
+from sfd_deploy.runtime.seam import Images, draw_all
 from sfd_deploy.training.data import ImagesConfig, LabelledImages
 from sfd_deploy.training.frame import MonitorConfig, PaceConfig, Training, total_steps, train_to_end
 from sfd_deploy.training.made import bound_to
-from sfd_deploy.training.previews import LABELS_SHOWN, QUICK_SAMPLER, device_of, draw_by_label
+from sfd_deploy.training.previews import LABELS_SHOWN, QUICK_SAMPLER, at_once, device_of, draw_by_label
 from sfd_deploy.training.streams import stream
 
 CHECKPOINT_EVERY = 500
@@ -121,7 +121,8 @@ def label_agreement(denoiser: EdmDenoiser, labels: Labels, judges: Sequence[Judg
     with progress_bar("agreement", labels.count) as advance:
         for label in range(labels.count):
             wanted = np.full(per_label, label, np.int64)
-            images = runtime.draw(Latents.of_stream("select", 0, label * per_label, per_label), wanted)
+            latents = Latents.of_stream("select", 0, label * per_label, per_label)
+            images = draw_all(runtime, latents, wanted, at_once(runtime.image_shape))
             for judge in judges:
                 hits[judge.name] += int((judge.look(images)[0] == label).sum())
             advance(1, labels.class_names[label])

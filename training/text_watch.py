@@ -27,7 +27,7 @@ from sfd_deploy.prompts import Prompts
 from sfd_deploy.runtime.families import FamilyRuntime
 from sfd_deploy.runtime.seam import Images, Runtime
 from sfd_deploy.runtime.text_pytorch import TextGeneratorRuntime, TextTeacherRuntime
-from sfd_deploy.training.previews import DRAW_BATCH, MOST_PER_LABEL, device_of, draw_by_label
+from sfd_deploy.training.previews import MOST_PER_LABEL, at_once, device_of, draw_by_label
 from sfd_deploy.training.rating import Experts, Rating
 from sfd_deploy.training.text_previews import TextPreviews
 
@@ -72,8 +72,7 @@ class TextWatch:
         self.families = probes.bind(prompts, {judge.name: judge.class_names for judge in judges})
         self.sampler = TextSampler.of(sealed, probes.teacher.given())
         self.table = encode(parts, (*self.families.texts, ""))  # the last is what the teacher is guided away from
-        _, height, width = image_shape(teacher.unet)
-        self.at_once = min(DRAW_BATCH, max(1, POSITIONS // (height * width)))
+        self.at_once = at_once(image_shape(teacher.unet), POSITIONS)
         self.rating = Rating(experts_of(self.families, judges), config.samples, self._draw_teacher)
 
     def due(self, step: int, last: bool = False) -> bool:

@@ -25,6 +25,7 @@ from sfd_deploy.runtime.pytorch import GeneratorRuntime, TeacherRuntime
 from sfd_deploy.training.monitor import MonitorConfig, Watch
 from sfd_deploy.training.previews import device_of, draw_by_label
 from sfd_deploy.training.rating import Experts, Look, Rating, excused_bound, rank
+from sfd_deploy.training.teacher import label_agreement
 from tests.audit.toy import (
     LABELS,
     NAMES,
@@ -38,6 +39,7 @@ from tests.audit.toy import (
     stored,
     teacher_painter,
 )
+from tests.conftest import tiny_generator
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,34 @@ def test_a_resumed_watch_gives_the_record_of_an_unbroken_one(judge_folder, tmp_p
     assert best_step(second) == best_step(whole) == 2
     with pytest.raises(ConfigError, match="unknown key `stop`"):
         rated(second).restore({"looks": [{"stop": 3}]})
+
+
+@pytest.mark.parametrize(("size", "expected"), [(28, 128), (64, 32), (256, 2), (1024, 1)])
+def test_of_large_images_fewer_are_drawn_at_once(size, expected):
+    """A training that fits died at its first look, of 128 images at once."""
+    drawn: list[int] = []
+
+    def paint(latents, labels):
+        drawn.append(len(labels))
+        return np.zeros((len(labels), 1, size, size), np.float32)
+
+    images = draw_by_label(ToyRuntime(paint, image_shape=(1, size, size)), [0, 1], expected + 1)
+    assert images.shape == (2, expected + 1, 1, size, size)
+    assert max(drawn) == expected
+
+
+def test_the_agreement_draws_no_more_at_once_than_a_look(judge_folder, monkeypatch):
+    drawn: list[int] = []
+
+    def runtime(*_) -> ToyRuntime:
+        return ToyRuntime(lambda latents, labels: drawn.append(len(labels)) or teacher_painter(latents, labels))
+
+    monkeypatch.setattr("sfd_deploy.training.teacher.TeacherRuntime", runtime)
+    monkeypatch.setattr("sfd_deploy.training.previews.DRAW_BATCH", 16)
+    found = label_agreement(tiny_generator().denoiser, LABELS, [open_judge(judge_folder)], 40)
+    assert max(drawn) == 16
+    assert sum(drawn) == 40 * LABELS.count
+    assert found["plain"] > 0.9
 
 
 @pytest.mark.parametrize("judged", [True, False])
