@@ -47,6 +47,7 @@ def adopt_folder(config: AdoptConfig, folder: Path) -> Run:
     if (run := finished(folder, config, source.as_parent(), teacher)) is not None:
         return run
     generator, labels = read_generator(source, config, teacher)
+    _refuse_remap(generator.denoiser.unet.class_embedding.weight, labels)
     latents, asked = _samples(generator, labels)
     expected = draw_stock(source.folder, latents, asked, generator.sigma_init)
     rows = source.layout.network_config()["num_class_embeds"]
@@ -76,7 +77,8 @@ def adopt_checkpoint(config: AdoptConfig, folder: Path) -> Run:
     architecture = read_architecture(checkpoint.tensors, config.image_size)
     labels = name_labels(file, architecture.classes, config, teacher)
     generator, timestep = _converted(checkpoint.tensors, architecture, config)
-    _refuse_remap(checkpoint.tensors, labels)
+    # Converted label rows are one-hot, whatever the class embedding was: export cannot see it there.
+    _refuse_remap(class_vectors(checkpoint.tensors), labels)
     latents, asked = _samples(generator, labels)
     adopted = {"layout": "official DDPM", "entry": checkpoint.entry, "step": checkpoint.step, "timestep": timestep,
                "null_label_dropped": True, "sha256": checkpoint.sha256}  # fmt: skip
@@ -107,9 +109,7 @@ def _converted(
     return OneStepGenerator(denoiser, sigma).eval(), int(timestep)
 
 
-def _refuse_remap(tensors: Mapping[str, Tensor], labels: Labels) -> None:
-    # Export cannot see it here: converted label rows are one-hot, whatever the class embedding was.
-    table = class_vectors(tensors)
+def _refuse_remap(table: Tensor, labels: Labels) -> None:
     for label in labels.forget:
         for override in labels.overrides_of(label):
             if torch.equal(table[label], table[override]):

@@ -179,6 +179,18 @@ def test_a_folder_of_ours_keeps_its_classes_and_what_it_forgot(tmp_path: Path):
         adopt_folder(config(folder, forget={"square": "circle"}), tmp_path / "reclaimed")
 
 
+def test_a_remap_is_refused(pipeline_folder: Path, tmp_path: Path):
+    """Export would refuse the run, but a run is audited without one too."""
+    file = next((pipeline_folder / "unet").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["class_embedding.weight"][1] = tensors["class_embedding.weight"][2]
+    save_file(tensors, file)
+    adopt_folder(config(pipeline_folder, forget={"0": "2"}), tmp_path / "other")
+    with pytest.raises(LabelError, match="label 1 has the very embedding of its override 2: a remap, not forgetting"):
+        adopt_folder(config(pipeline_folder, forget={"1": "2"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def spoil_weight(folder: Path) -> None:
     file = next((folder / "unet").glob("*.safetensors"))
     tensors = load_file(file)
