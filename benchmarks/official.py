@@ -5,7 +5,8 @@ of images, and each term its own labels, latents, noise levels and noise, its ow
 call: ten forward passes and four backward calls. FP32, no channels-last, nothing compiled, nothing shared.
 
 Written from the method's description and apart from ``training/``, which computes both terms in one batch: the two
-must agree. One thing is ours: the generator's average is ramped, else 400 iterations would still hold the start.
+must agree, but for a mixture override, where this asks the teacher for one retained label: for its cost alone. One
+thing is ours: the generator's average is ramped, else 400 iterations would still hold the start.
 Notation: phi teacher, psi fake score, theta generator; x_phi, x_psi clean-image predictions at the re-noised x.
 """
 

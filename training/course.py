@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sfd_deploy.errors import DivergedError
 from sfd_deploy.models.generator import OneStepGenerator
 from sfd_deploy.progress import LOGGER, progress_bar, stderr_console
 from sfd_deploy.training.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from sfd_deploy.training.loop import Pass, SfdLoop
 from sfd_deploy.training.losses import gap_energy
 from sfd_deploy.training.memory import saying_what_fits
 from sfd_deploy.training.rating import Rating
-from sfd_deploy.training.steps import say_estimate
+from sfd_deploy.training.steps import LOWER_SFD_RATES, say_estimate
 from sfd_deploy.training.tensorboard import Scalars
 
 RECORD_EVERY = 10
@@ -95,22 +96,31 @@ class Course:
         """Train to the end; returns the generator to export.
 
         Raises:
-            DivergedError: gradients stayed non-finite.
+            DivergedError: gradients stayed non-finite, or were in most steps.
             MemoryLimitError: the batch does not fit, with the one that would; the last checkpoint is kept.
             KeyboardInterrupt: Ctrl-C; a checkpoint was saved.
         """
         with saying_what_fits(self.loop):
             self._estimate()
             self._iterate_to_the_end()
+        self._require_taken()
         if self.loop.workers.is_main:
             self._say_doubts()
         averaged = self.loop.averaged()  # every process takes part in gathering it, and looks are in one alone
         looked = self.rating is not None and self.rating.best is not None
         return self.best if self.best is not None and looked else averaged
 
+    @property
+    def _skips(self) -> str:
+        return f"{self.loop.skipped} of {2 * self.loop.config.iterations} steps skipped: non-finite gradients"
+
+    def _require_taken(self) -> None:
+        """Most steps were taken: a training may be too short for as many skips in a row as stop it."""
+        if self.loop.skipped > self.loop.config.iterations:
+            raise DivergedError(f"training diverged: {self._skips}", LOWER_SFD_RATES)
+
     def _say_doubts(self) -> None:
-        skipped, steps = self.loop.skipped, 2 * self.loop.config.iterations
-        doubts = [f"{skipped} of {steps} steps skipped: non-finite gradients"] if skipped else []
+        doubts = [self._skips] if self.loop.skipped else []
         if self.rating is not None and self.rating.doubt:
             doubts.append(self.rating.doubt)
         for doubt in doubts:

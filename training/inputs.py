@@ -74,6 +74,7 @@ class Inputs(Origin):
 
     labels: Labels
     classifier: Judge | None = None
+    watched_by: str | None = None  # digest of the judge that picks which step is exported
 
     @property
     def parents(self) -> tuple[Parent, ...]:
@@ -82,13 +83,19 @@ class Inputs(Origin):
         judges = [] if judge is None else [Parent(kind="judge", name=judge.name, digest=judge.digest)]
         return (*super().parents, *judges)
 
+    def require_made(self, generator: Sealed) -> None:
+        """Also refuse one whose step another judge picked."""
+        super().require_made(generator)
+        if self.watched_by is not None and self.watched_by not in generator.facts.get("watched_by", [self.watched_by]):
+            raise RunError(f"{generator.folder.parent}: its looks were rated by another judge", OTHER_FOLDER)
+
 
 def open_inputs(config: TrainConfig) -> Inputs:
     """Open and verify what ``config`` names.
 
     Raises:
         ConfigError: another teacher than the pinned one; a mixture without classifier, or the other way round.
-        RunError: the earlier run is of another teacher, or none; no such classifier.
+        RunError: the earlier run is of another teacher, or none; no such classifier or judge.
         LabelError: the forget map does not fit the labels, or what was forgotten earlier.
         ManifestError, DigestError: a folder is not what its manifest says.
     """
@@ -100,7 +107,9 @@ def open_inputs(config: TrainConfig) -> Inputs:
     config.require_classifier(labels)
     classifier = None if config.classifier is None else load_judge(resolve(config.classifier, "judge"))
     require_same_classes([] if classifier is None else [classifier], labels.class_names, "the teacher")
-    return Inputs(teacher=teacher, earlier=earlier, labels=labels, classifier=classifier)
+    judge = config.monitor.judge
+    watched_by = None if judge is None else resolve(judge, "judge").digest
+    return Inputs(teacher=teacher, earlier=earlier, labels=labels, classifier=classifier, watched_by=watched_by)
 
 
 def require_pinned(config: LoopConfig, teacher: Sealed) -> None:

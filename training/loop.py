@@ -34,7 +34,7 @@ from sfd_deploy.training.mixture import Classify, retained_probabilities, teache
 from sfd_deploy.training.precision import autocast
 from sfd_deploy.training.rows import MIXED, Rows, draw_rows
 from sfd_deploy.training.schedule import linear_decay
-from sfd_deploy.training.steps import MAX_SKIPS_IN_A_ROW, all_finite
+from sfd_deploy.training.steps import LOWER_SFD_RATES, MAX_SKIPS_IN_A_ROW, all_finite
 from sfd_deploy.training.streams import stream
 
 ALONE = Workers(torch.device("cpu"))
@@ -245,8 +245,7 @@ class SfdLoop:
         if self.skips_in_a_row[name] >= MAX_SKIPS_IN_A_ROW:
             raise DivergedError(
                 f"training diverged: {self.skips_in_a_row[name]} non-finite steps in a row at step {step}",
-                "lower generator_rate and fake_score_rate, or alpha, and train into a new folder: "
-                "a checkpoint keeps to its config",
+                LOWER_SFD_RATES,
             )
 
 
@@ -256,6 +255,11 @@ def _adam(network: nn.Module, rate: float) -> torch.optim.Adam:
 
 
 def _require_known_levels(config: LoopConfig, teacher: Denoiser) -> None:
+    if config.sigma_min <= teacher.sigma_min:
+        raise ConfigError(
+            f"sigma_min {config.sigma_min:g}: at {teacher.sigma_min:g} the teacher draws what it is given",
+            "set sigma_min well above that",
+        )
     low, high = teacher.sigma_range
     known = f"the teacher's noise levels go from {low:.4g} to {high:.4g}"
     if not low <= config.sigma_init <= high:

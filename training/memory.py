@@ -62,6 +62,8 @@ def _too_large(loop: SfdLoop) -> MemoryLimitError:
     config, workers = loop.config, loop.workers
     rows = -(-config.rows(loop.labels) // (workers.count * config.accumulate))
     what = f"out of memory on {workers.device} with {rows} rows at once"
+    if config.share_generated:  # `accumulate` is refused beside it
+        return MemoryLimitError(what, "leave `share_generated` out or lower the rows, and train into a new folder")
     fits = None if workers.count > 1 else largest_batch(loop)
     if fits is None:
         return MemoryLimitError(what, f"set `accumulate` to {2 * config.accumulate} or more; the checkpoint is kept")

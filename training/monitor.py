@@ -95,8 +95,9 @@ class Watch:
             save_preview(draw_by_label(runtime, shown, previews), self.folder, step)
             return {}
         images = draw_by_label(runtime, range(self.labels.count), max(self.config.samples, previews))
+        figures = self.rating.look(step, lambda label, count: images[label, :count])
         save_preview(images[list(shown), :previews], self.folder, step)
-        return self.rating.look(step, lambda label, count: images[label, :count])
+        return figures
 
     def _draw_teacher(self, label: int, count: int) -> Images:
         runtime = TeacherRuntime(self.teacher, QUICK_SAMPLER, device_of(self.teacher))

@@ -7,7 +7,7 @@ when, is the caller's: ``monitor.Watch`` and ``text_watch.TextWatch``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from scipy.stats import binom, norm
 
 from sfd_deploy.config import StageConfig
+from sfd_deploy.errors import DivergedError
 from sfd_deploy.labels import Labels
 from sfd_deploy.measure.fidelity import spread, spread_error
 from sfd_deploy.measure.judges import Judge
 from sfd_deploy.measure.rates import upper_bound
 from sfd_deploy.runtime.seam import Images
+from sfd_deploy.training.steps import LOWER_SFD_RATES
 
 CONFIDENCE = 0.95
 # The default audit policy's limit on the least label's spread over the teacher's.
@@ -44,7 +46,8 @@ class Look(StageConfig):
     """What one look at a generator found."""
 
     step: int
-    forget_rate: float  # of the worst forget label
+    # Of the worst forget label: the one whose bound is farthest above what its own judge's errors explain.
+    forget_rate: float
     forget_bound: float  # its upper bound; 0 when nothing is forgotten
     excused_bound: float  # the bound if only the judge's own errors were seen
     retained_accuracy: float
@@ -74,13 +77,13 @@ def rank(look: Look) -> tuple[float, float, float, int]:
        right), one that draws the override for everything, and noise (whose spread is far above 1) lose here.
        Of the spread its bound counts: the least of a dozen ratios of few images each reads low by chance alone,
        and a rule that takes it as read throws healthy looks away.
-    2. The forget rate's upper bound. All that the judge's own confusion of override with forget label
-       explains count the same: below it, fewer hits are luck.
+    2. How far the forget rate's upper bound is above what the judge's own confusion of override with forget label
+       explains. All that are not above it count the same: there, fewer hits are luck.
     3. Retained accuracy, then the later step, whose average holds less of the start.
     """
     spread_health = min(look.spread_ratio, 1 / max(look.spread_ratio, 1e-9)) * stretch(look.spread_error)
     health = min(spread_health, look.accuracy_ratio, HEALTHY)
-    return health, -max(look.forget_bound, look.excused_bound), look.retained_accuracy, look.step
+    return health, -max(look.forget_bound - look.excused_bound, 0.0), look.retained_accuracy, look.step
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,24 @@ class Rating:
         self.yardstick: Yardstick | None = None
 
     def look(self, step: int, draw: DrawLabel) -> dict[str, float]:
-        """Rate the generator that ``draw`` asks; figures keyed ``watch/…``."""
+        """Rate the generator that ``draw`` asks; figures keyed ``watch/…``.
+
+        Raises:
+            DivergedError: a value of an image is not finite.
+        """
         if self.yardstick is None:
             accuracy, by_label = self._see(self.draw_teacher, min(self.samples, YARDSTICK_SAMPLES))
             self.yardstick = Yardstick(retained_accuracy=accuracy, spread=by_label)
-        self.looks.append(self._measure(step, draw, self.yardstick))
+
+        def draw_finite(label: int, count: int) -> Images:
+            images = draw(label, count)
+            if not np.isfinite(images).all():
+                raise DivergedError(
+                    f"training diverged: the look at step {step} is of images that are no number", LOWER_SFD_RATES
+                )
+            return images
+
+        self.looks.append(self._measure(step, draw_finite, self.yardstick))
         return self.looks[-1].figures()
 
     @property
@@ -182,21 +198,26 @@ class Rating:
         return float(np.mean(right)), by_label
 
     def _measure(self, step: int, draw: DrawLabel, yardstick: Yardstick) -> Look:
-        forget: Sequence[int] = list(self.experts.labels.forget)
-        # With several forget labels the worst one speaks for all.
-        hits = max((int(self.experts.named(label, draw(label, self.samples)).sum()) for label in forget), default=0)
+        found = [self._forgotten(label, draw) for label in self.experts.labels.forget]
+        rate, bound, excused = max(found, key=lambda one: (one[1] - one[2], one[0]), default=(0.0, 0.0, 0.0))
         accuracy, by_label = self._see(draw, self.samples)
         ratio, error = _least_ratio(by_label, yardstick.spread)
         return Look(
             step=step,
-            forget_rate=hits / self.samples,
-            forget_bound=upper_bound(hits, self.samples, CONFIDENCE) if forget else 0.0,
-            excused_bound=max((excused_bound(self.experts, label, self.samples) for label in forget), default=0.0),
+            forget_rate=rate,
+            forget_bound=bound,
+            excused_bound=excused,
             retained_accuracy=accuracy,
             accuracy_ratio=_ratio(accuracy, yardstick.retained_accuracy),
             spread_ratio=ratio,
             spread_error=error,
         )
+
+    def _forgotten(self, label: int, draw: DrawLabel) -> tuple[float, float, float]:
+        """A forget label's rate, its bound, and the bound that its judge's own errors excuse."""
+        hits = int(self.experts.named(label, draw(label, self.samples)).sum())
+        bound = upper_bound(hits, self.samples, CONFIDENCE)
+        return hits / self.samples, bound, excused_bound(self.experts, label, self.samples)
 
 
 def _least_ratio(seen: Spreads, reference: Spreads) -> tuple[float, float]:

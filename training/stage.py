@@ -134,11 +134,11 @@ def _seal(run: Run, config: TrainConfig, inputs: Inputs, outcome: Outcome) -> No
 def sealing_fake_score(
     run: Run, config: LoopConfig, inputs: Origin, outcome: Outcome, facts: dict[str, Any]
 ) -> AbstractContextManager[Path]:
-    """The folder that becomes the run's fake score when the block succeeds."""
+    """The folder that becomes the run's fake score, of the last step, when the block succeeds."""
     shape = list(image_shape(outcome.fake_score.unet))
     return sealed_folder(
         run.folder / FAKE_SCORE, FAKE_SCORE, parents=inputs.parents, config=config.resolved(), seed=config.seed,
-        facts=facts | {"image_shape": shape},
+        facts=facts | {"image_shape": shape, "step": outcome.course.step},
     )  # fmt: skip
 
 

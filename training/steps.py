@@ -23,6 +23,9 @@ from sfd_deploy.training.interrupt import interrupt_between_steps
 WORTH_ESTIMATING = 20
 MAX_SKIPS_IN_A_ROW = 5
 LOWER_RATE = "lower `learning_rate`, and train into a new folder: a checkpoint keeps to its config"
+LOWER_SFD_RATES = (
+    "lower generator_rate and fake_score_rate, or alpha, and train into a new folder: a checkpoint keeps to its config"
+)
 
 
 def say_estimate(

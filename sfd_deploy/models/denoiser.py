@@ -46,6 +46,7 @@ class Denoiser(nn.Module, ABC):
     """A stock diffusers ``UNet2DModel`` under one parameterisation."""
 
     sigma_range: tuple[float, float] = (0.0, math.inf)  # noise levels that the network knows
+    sigma_min: float = 0.0  # at this one the clean image is what it is given, whatever the network says
 
     def __init__(self, unet: UNet2DModel) -> None:
         super().__init__()

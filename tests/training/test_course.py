@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sfd_deploy.errors import ConfigError, ManifestError
+from sfd_deploy.errors import ConfigError, DivergedError, ManifestError
 from sfd_deploy.models.generator import OneStepGenerator
 from sfd_deploy.training.course import Course
 from sfd_deploy.training.memory import MemoryLimitError, is_out_of_memory, saying_no_room
@@ -245,6 +245,17 @@ def test_skipped_steps_are_told_at_the_end(tmp_path: Path, capsys: pytest.Captur
     assert "train: 1 of 8 steps skipped: non-finite gradients" in capsys.readouterr().err
 
 
+def test_a_training_that_took_fewer_than_half_its_steps_makes_nothing(tmp_path: Path, monkeypatch):
+    """Too short for as many skips in a row as stop it: the untouched start was exported, and called trained."""
+    taken = iter([False] * 4 + [True] * 4 + [False] * 4 + [True] * 2 + [False] * 2)  # both networks' steps in turn
+    monkeypatch.setattr("sfd_deploy.training.loop.all_finite", lambda _: next(taken))
+    course(tmp_path / "half.safetensors").run()
+    for _ in range(2):  # run again, it is still not finished
+        with pytest.raises(DivergedError, match="training diverged: 6 of 8 steps skipped"):
+            course(tmp_path / "most.safetensors").run()
+    assert next(taken, "all asked") == "all asked"
+
+
 def test_what_speaks_against_the_exported_look_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     watch = Preferring(likes=1)
     watch.doubt = "still draws it"
@@ -281,6 +292,14 @@ def test_out_of_memory_is_one_line_with_the_batch_that_would_fit_and_keeps_the_c
     resumed = course(tmp_path / "a.safetensors")
     assert resumed.step == 2
     assert same_weights(resumed.run(), course(tmp_path / "b.safetensors").run())
+
+
+def test_no_room_with_shared_images_is_not_mended_by_what_they_refuse(tmp_path: Path):
+    full = course(tmp_path / "a.safetensors", share_generated=True)
+    full.loop.iterate = lambda *_, **__: torch.empty(2**50)  # type: ignore[assignment, method-assign]
+    with pytest.raises(MemoryLimitError, match="leave `share_generated` out or lower the rows") as caught:
+        full.run()
+    assert "accumulate" not in caught.value.mend
 
 
 def test_one_row_that_does_not_fit_is_not_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from scipy.stats import beta
 
-from sfd_deploy.errors import ConfigError, LabelError
+from sfd_deploy.errors import ConfigError, DivergedError, LabelError
 from sfd_deploy.labels import Labels
 from sfd_deploy.latents import Latents
 from sfd_deploy.measure.judges import Judge, open_judge
@@ -24,7 +24,7 @@ from sfd_deploy.models.network import NetworkConfig
 from sfd_deploy.runtime.pytorch import GeneratorRuntime, TeacherRuntime
 from sfd_deploy.training.monitor import MonitorConfig, Watch
 from sfd_deploy.training.previews import device_of, draw_by_label
-from sfd_deploy.training.rating import Experts, Look, Rating, excused_bound, rank
+from sfd_deploy.training.rating import DrawLabel, Experts, Look, Rating, excused_bound, rank
 from sfd_deploy.training.teacher import label_agreement
 from tests.audit.toy import (
     LABELS,
@@ -299,22 +299,50 @@ def test_the_excuse_is_what_the_judges_error_on_real_override_images_makes_likel
     assert excused_bound(Experts.of(judge, several), 0, 40) == pytest.approx(beta.ppf(0.95, 1, 40))
 
 
-@pytest.mark.parametrize("hits", [{0: 6, 1: 3}, {0: 3, 1: 6}])
-def test_of_several_forget_labels_the_worst_rate_and_the_largest_excuse_count(hits: dict[int, int]):
-    """10 of 100 override images called label 1, none label 0: of 40, up to 7 in 95 % of draws (binomial)."""
+def two_forgotten(*looks: dict[int, int]) -> Rating:
+    """A rating of ``looks`` at 40 images a label, of which so many are drawn as the forget label.
+
+    The judge calls 10 of 100 real override images label 1, none label 0: of 40, up to 7 in 95 % of draws (binomial).
+    """
     labels = Labels(class_names=NAMES, forget={0: 2, 1: 3})
 
-    def draw(label: int, count: int) -> np.ndarray:
-        shown = np.full(count, labels.forget.get(label, label), np.float32)
-        shown[: hits.get(label, 0)] = label
-        return np.broadcast_to(shown[:, None, None, None], (count, 1, 2, 2)).copy()
+    def drawing(hits: dict[int, int]) -> DrawLabel:
+        def draw(label: int, count: int) -> np.ndarray:
+            shown = np.full(count, labels.forget.get(label, label), np.float32)
+            shown[: hits.get(label, 0)] = label
+            return np.broadcast_to(shown[:, None, None, None], (count, 1, 2, 2)).copy()
 
-    rating = Rating(Experts.of(judge_that_calls(mistaken=10), labels), 40, draw)
-    rating.look(1, draw)
-    (found,) = rating.looks
-    assert found.forget_rate == 6 / 40
-    assert found.forget_bound == pytest.approx(beta.ppf(0.95, 7, 34))
-    assert found.excused_bound == pytest.approx(beta.ppf(0.95, 8, 33))
+        return draw
+
+    rating = Rating(Experts.of(judge_that_calls(mistaken=10), labels), 40, drawing({}))
+    for step, hits in enumerate(looks, start=1):
+        rating.look(step, drawing(hits))
+    return rating
+
+
+@pytest.mark.parametrize(
+    ("hits", "worst", "excused"), [({0: 3, 1: 6}, 3, 0), ({0: 6, 1: 3}, 6, 0), ({1: 12}, 12, 7), ({}, 0, 0)]
+)
+def test_of_several_forget_labels_the_one_farthest_above_its_own_excuse_counts(hits, worst: int, excused: int):
+    (found,) = two_forgotten(hits).looks
+    assert found.forget_rate == worst / 40
+    assert found.forget_bound == pytest.approx(beta.ppf(0.95, worst + 1, 40 - worst))
+    assert found.excused_bound == pytest.approx(beta.ppf(0.95, excused + 1, 40 - excused))
+
+
+def test_a_label_that_leaks_is_not_excused_by_what_the_judge_mistakes_for_another():
+    """The clean look is exported although the leaking one comes later; alone, the leaking one is doubted."""
+    assert two_forgotten({}, {0: 6}).best.step == 1
+    assert two_forgotten({0: 6}).doubt
+    assert two_forgotten({}, {1: 6}).best.step == 2  # as many of the label that the judge does mistake are luck
+    assert not two_forgotten({1: 6}).doubt
+
+
+def test_a_look_at_images_that_are_no_number_says_that_the_training_diverged(judge_folder, tmp_path):
+    watching = watch(tmp_path, judge_folder)
+    watching.look(1, forgetful)  # type: ignore[arg-type]
+    with pytest.raises(DivergedError, match="the look at step 2 is of images that are no number"):
+        watching.look(2, lambda latents, labels: forgetful(latents, labels) * np.float32(np.nan))  # type: ignore[arg-type]
 
 
 def _binomial(n: int, k: int, p: float) -> float:

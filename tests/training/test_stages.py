@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import CMStochasticIterativeScheduler
 from safetensors.torch import load_file
 
 from sfd_deploy.embedded import resolve
@@ -148,6 +149,18 @@ def test_noise_levels_beyond_the_teachers_schedule_are_refused(tmp_path: Path, c
         train(config(foreign, **changes), tmp_path / "run")
 
 
+@pytest.mark.parametrize("sigma_min", [0.2, 0.1])
+def test_noise_levels_where_a_consistency_model_draws_what_it_is_given_are_refused(tmp_path: Path, sigma_min: float):
+    """There its network has no say: ψ would be fitted with an infinite weight."""
+    scheduler = CMStochasticIterativeScheduler(sigma_min=0.2, sigma_data=0.5)
+    foreign_folder(tmp_path / "foreign", "epsilon")
+    scheduler.save_pretrained(tmp_path / "foreign" / "scheduler")
+    foreign = open_teacher(str(tmp_path / "foreign"))
+    with pytest.raises(ConfigError, match=f"sigma_min {sigma_min}: at 0.2 the teacher draws what it is given"):
+        train(config(foreign, sigma_min=sigma_min), tmp_path / "run")
+    train(config(foreign, sigma_min=0.3), tmp_path / "run")
+
+
 @pytest.mark.parametrize("place", ["generator", "fake-score"])
 def test_a_place_that_is_taken_is_said_before_the_first_step(teacher: Sealed, tmp_path: Path, place: str):
     (tmp_path / place).mkdir()
@@ -225,6 +238,9 @@ def test_a_stopped_run_goes_on_in_more_parts_and_with_its_judge_elsewhere_but_no
     facts = go_on(tmp_path / "moved", accumulate=2).generator().facts
     assert facts["exported"]["step"] in range(1, 5)
     assert facts["watched_by"] == [verify(tmp_path / "moved", "judge").digest]
+    assert go_on(tmp_path / "moved").generator().facts == facts
+    with pytest.raises(RunError, match="its looks were rated by another judge"):
+        go_on(tmp_path / "other")
 
 
 def test_a_run_without_a_fake_score_starts_that_at_the_teacher(teacher: Sealed, tmp_path: Path):
