@@ -77,11 +77,11 @@ class Server:
             BackendError: the server ended by itself; with the last error of its log.
         """
         while not told():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = self.process.wait(LISTEN_S)
+            if (status := self.process.poll()) is not None:
                 raise BackendError(
                     f"Triton ended by itself, status {status} ({reason_in(self.log)})", f"see {self.log}"
                 )
+            time.sleep(LISTEN_S)
 
 
 @contextmanager
